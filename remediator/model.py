@@ -1,0 +1,213 @@
+"""The remediator's vocabulary: what a remediation is, and what a fix must be able to do.
+
+Everything else here speaks in these values: the webhook makes `Request`s, the journal stores
+`Remediation`s, the policy looks at a `Condition` and the worker drives a `Fix`. They are frozen, so
+a decision can be logged, shown and tested as the value it is.
+"""
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Protocol
+
+import msgspec
+
+
+class Phase(StrEnum):
+    """Where a remediation stands. Terminal phases never change."""
+
+    PENDING = "Pending"  # accepted durably; not yet checked, or waits for approval or a window
+    ADMITTED = "Admitted"  # the condition was seen and the policy said yes
+    RUNNING = "Running"  # claimed by one live executor, which may be acting right now
+    SUCCEEDED = "Succeeded"  # acted, and seen to be healed
+    FAILED = "Failed"  # acted or tried to, and not seen to be healed; the message says how it ended
+    SKIPPED = "Skipped"  # nothing was done; the reason says which rule or fact was against it
+
+    @property
+    def terminal(self) -> bool:
+        return self in (Phase.SUCCEEDED, Phase.FAILED, Phase.SKIPPED)
+
+
+# RFC 1123 names as Kubernetes bounds them. Labels are untrusted: what doesn't look like a name of
+# a Kubernetes object can't locate one.
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+
+
+class TargetError(ValueError):
+    """The labels don't locate a target; the sentence names the label and the remedy."""
+
+
+class Target(msgspec.Struct, frozen=True, order=True, kw_only=True):
+    """What one fix acts on. Unused parts are empty; `key` is its one canonical spelling."""
+
+    node: str = ""
+    namespace: str = ""
+    pod: str = ""
+    container: str = ""
+    deployment: str = ""
+
+    @property
+    def key(self) -> str:
+        """`node/N`, `node/N/pod/NAMESPACE/POD/CONTAINER` or `deployment/NAMESPACE/NAME`."""
+        if self.deployment:
+            return f"deployment/{self.namespace}/{self.deployment}"
+        if self.pod or self.container or self.namespace:
+            return f"node/{self.node}/pod/{self.namespace}/{self.pod}/{self.container}"
+        return f"node/{self.node}"
+
+    def __str__(self) -> str:
+        if self.deployment:
+            return f"deployment {self.namespace}/{self.deployment}"
+        if self.pod or self.container:
+            where = f"container {self.container} of pod {self.namespace}/{self.pod}"
+            return f"{where} on node {self.node}"
+        return f"node {self.node}"
+
+
+def target_from_labels(labels: Mapping[str, str], names: Sequence[str]) -> Target:
+    """Make a target of exactly the labels `names`; `TargetError` where one is absent or no name."""
+    found: dict[str, str] = {}
+    for name in names:
+        value = labels.get(name, "")
+        if not value:
+            raise TargetError(
+                f"the alert has no label {name!r}; keep it in the rule's expression and in group_by"
+            )
+        if not _NAME.fullmatch(value):
+            raise TargetError(f"the alert's label {name!r} is not the name of a Kubernetes object")
+        found[name] = value
+    return Target(**found)
+
+
+class Condition(msgspec.Struct, frozen=True, kw_only=True):
+    """What a check found, now. The same check serves the decision and the verification."""
+
+    broken: bool
+    """True where the fix would act within its own limits."""
+    reason: str
+    """A code in CamelCase. Where not broken: why not (`ConditionCleared`, `BelowActLimit`, …)."""
+    message: str
+    """The same in one sentence a person understands."""
+    identities: frozenset[str] = frozenset()
+    """What would be acted on (`pid:start time`, serial, pod uid): gone when healed."""
+    plan: tuple[str, ...] = ()
+    """What `apply` would do, a sentence each; a dry run shows these."""
+    opted_out: str = ""
+    """Which annotation or list entry forbids acting on the target, as a sentence; empty if none."""
+    workload: str = ""
+    """What outlives the target and comes back with it (a pod's controller); empty if unknown."""
+    detail: Any = None
+    """The fix's own finding, handed on to `apply`; never stored."""
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """One recorded step. It is written once when it begins and again when it ends."""
+
+    name: str
+    message: str
+    started_at: datetime
+    ended_at: datetime | None = None
+    ok: bool | None = None
+    """None while it runs, or where its owner died in it."""
+    result: str = ""
+    data: dict[str, Any] = {}
+    """What is needed to resume or undo it after a crash (JSON types only, never a secret)."""
+
+
+class StepHandle:
+    """Given to the body of a step, to say how it came out and to keep what an undo needs."""
+
+    def __init__(self) -> None:
+        self.result = ""
+        self.data: dict[str, Any] = {}
+
+
+class Steps:
+    """The durable step log of one remediation, on the node that acts.
+
+    `record(index, step)` must have committed when it returns: a step is on disk before its first
+    side effect, and its end before the next step begins.
+    """
+
+    def __init__(
+        self,
+        record: Callable[[int, Step], Awaitable[None]],
+        now: Callable[[], datetime],
+        earlier: Sequence[Step] = (),
+    ) -> None:
+        self._record = record
+        self._now = now
+        self.earlier = tuple(earlier)
+        """Steps of a previous owner that died while it ran, oldest first."""
+        self._count = len(self.earlier)
+
+    @asynccontextmanager
+    async def step(self, name: str, message: str, **data: Any) -> AsyncIterator[StepHandle]:
+        """Record the step, run the body, record how it ended; an exception passes on."""
+        index, self._count = self._count, self._count + 1
+        handle = StepHandle()
+        handle.data = dict(data)
+        begun = Step(name=name, message=message, started_at=self._now(), data=dict(data))
+        await self._record(index, begun)
+        ok = False
+        try:
+            yield handle
+            ok = True
+        except BaseException as error:
+            handle.result = handle.result or f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            await self._record(
+                index,
+                msgspec.structs.replace(
+                    begun, ended_at=self._now(), ok=ok, result=handle.result, data=handle.data
+                ),
+            )
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How `apply` or `resume` ended, before the worker's own verification."""
+
+    phase: Phase
+    """Terminal: Succeeded, Failed or Skipped."""
+    reason: str
+    message: str
+
+
+class CheckError(Exception):
+    """The condition can't be known now, so nothing is done; the sentence says why."""
+
+
+class FixError(Exception):
+    """The fix ended without healing, in words, with everything it could undo undone."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Fix(Protocol):
+    """One condition's remedy. It knows nothing of dry runs, cooldowns, queues or alerts."""
+
+    name: str
+    """As in the alerts' label `remediation`: `rotate-certificates`, …"""
+    deadline: float
+    """Seconds the worker gives `apply` before it cancels it; on cancellation the fix undoes."""
+    target_labels: tuple[str, ...]
+    """Which alert labels make its target."""
+    reasons: Mapping[Phase, tuple[str, ...]]
+    """Every reason it may give, by terminal phase: their metrics start at 0."""
+
+    async def check(self, target: Target) -> Condition:
+        """Look at the target itself, now. `CheckError` where it can't be known."""
+
+    async def apply(self, target: Target, condition: Condition, steps: Steps) -> Outcome:
+        """Act on exactly what `condition` names; `FixError` where it ends without healing."""
+
+    async def verify(self, target: Target, condition: Condition) -> Condition:
+        """Look again after `apply`: broken while any identity acted on, or the condition, is."""
+
+    async def resume(self, target: Target, steps: Steps) -> Outcome:
+        """A previous owner died while Running: look, then finish or undo; never blindly repeat."""
