@@ -1,0 +1,55 @@
+"""`upkeep-exporter`: parse, then either print one check for people or serve `/metrics`."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Sequence
+
+from aiohttp import web
+
+from exporter import config, logs
+from exporter.collectors import COLLECTORS
+from exporter.server import Scraper, application
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    settings, warnings = config.parse(arguments)
+    logs.configure(level=settings.log_level, format=settings.log_format)
+    log = logs.get_logger("exporter")
+    for warning in warnings:
+        log.warning(warning)
+    return asyncio.run(_serve(settings))
+
+
+async def _serve(settings: config.Config) -> int:
+    log = logs.get_logger("exporter")
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    collectors = {name: COLLECTORS[name](settings) for name in settings.collectors}
+    runner = web.AppRunner(application(Scraper(collectors), settings.collectors))
+    await runner.setup()
+    host, port = settings.listen
+    try:
+        site = web.TCPSite(runner, host or None, port)
+        await site.start()
+    except OSError as error:
+        log.error(
+            "can't listen; is another exporter running? choose another --web.listen-address",
+            address=f"{host}:{port}",
+            why=error.strerror or str(error),
+        )
+        await runner.cleanup()
+        return 1
+    log.info("listening", address=f"{host}:{port}", collectors=",".join(settings.collectors))
+    await stop.wait()
+    log.info("stopping")
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(runner.cleanup(), 10)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

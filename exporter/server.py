@@ -1,0 +1,210 @@
+"""The exporter's HTTP server: one scrape runs every collector, and none can spoil another's.
+
+Each collector has one thread of its own, made at start so that a node without a free pid can still
+be scraped. A collector that fails, or is still busy when the scrape's time is up, is reported by
+its own series; the others are answered as ever.
+"""
+
+import asyncio
+import platform
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+
+from aiohttp import web
+from prometheus_client import ProcessCollector
+from prometheus_client.core import CollectorRegistry, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+
+from exporter.collectors import Collector
+from exporter.logs import get_logger
+
+log = get_logger("exporter.server")
+
+_SCRAPE_TIMEOUT = 10.0  # seconds, where the scraper doesn't say its own
+_MARGIN = 0.5  # seconds kept back of it, to encode and send the answer
+
+
+class DuplicateSeriesError(Exception):
+    """A collector gave one label set twice; the sentence names the series."""
+
+
+class _Families:
+    """What the encoders of prometheus-client take for a registry: the families of one scrape."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+class Scraper:
+    """Runs the collectors for `/metrics`."""
+
+    def __init__(self, collectors: Mapping[str, Collector]) -> None:
+        self._collectors = collectors
+        self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._busy: dict[str, Future[list[Metric]]] = {}
+        self._failing: dict[str, str] = {}
+        self._lock = asyncio.Lock()
+        process = CollectorRegistry()
+        ProcessCollector(registry=process)
+        self._process = process
+        self.started = False
+
+    async def start(self) -> None:
+        """Make the threads, then start the collectors."""
+        loop = asyncio.get_running_loop()
+        for name, collector in self._collectors.items():
+            thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+            await loop.run_in_executor(thread, time.monotonic)  # the thread exists from here on
+            self._threads[name] = thread
+            await collector.start()
+        self.started = True
+
+    async def aclose(self) -> None:
+        """Stop the collectors; a thread that hangs in the kernel is left to the process's end."""
+        self.started = False
+        for collector in self._collectors.values():
+            await collector.aclose()
+        for thread in self._threads.values():
+            thread.shutdown(wait=False, cancel_futures=True)
+
+    async def scrape(self, timeout: float = _SCRAPE_TIMEOUT) -> list[Metric]:  # noqa: ASYNC109
+        """All families; never raises for a collector's failure.
+
+        timeout: seconds the scraper waits; a collector not done by then has failed this time.
+        """
+        success = GaugeMetricFamily(
+            "upkeep_scrape_collector_success",
+            "1 where the collector gave its series in this scrape, 0 where it failed.",
+            labels=["collector"],
+        )
+        duration = GaugeMetricFamily(
+            "upkeep_scrape_collector_duration_seconds",
+            "How long the collector took in this scrape.",
+            labels=["collector"],
+        )
+        families: list[Metric] = [success, duration, _build_info(), *self._process.collect()]
+        async with self._lock:
+            ends = time.monotonic() + max(timeout - _MARGIN, timeout / 2)
+            runs = {name: self._begin(name) for name in self._collectors}
+            for name, (run, started) in runs.items():
+                found = await self._finish(name, run, ends)
+                success.add_metric([name], float(found is not None))
+                duration.add_metric([name], time.monotonic() - started)
+                families.extend(found or ())
+        return families
+
+    def _begin(self, name: str) -> tuple[Future[list[Metric]], float]:
+        run = self._busy.get(name)
+        if run is None or run.done():  # one still busy with an earlier scrape isn't run twice
+            collect = self._collectors[name].collect
+            run = self._threads[name].submit(lambda: _checked(collect()))
+            self._busy[name] = run
+        return run, time.monotonic()
+
+    async def _finish(
+        self, name: str, run: Future[list[Metric]], ends: float
+    ) -> list[Metric] | None:
+        try:
+            wrapped = asyncio.shield(asyncio.wrap_future(run))
+            async with asyncio.timeout(max(0.0, ends - time.monotonic())):
+                found = await wrapped
+        except TimeoutError:
+            self._say_once(name, "it was still busy when the scrape's time was up", None)
+            return None
+        except Exception as error:  # noqa: BLE001 - one failing collector never fails the scrape
+            self._say_once(name, f"{type(error).__name__}: {error}", error)
+            return None
+        if self._failing.pop(name, None) is not None:
+            log.info("the collector works again", collector=name)
+        return found
+
+    def _say_once(self, name: str, why: str, error: BaseException | None) -> None:
+        """Log a failure when it begins or changes, not at every scrape."""
+        if self._failing.get(name) == why:
+            return
+        self._failing[name] = why
+        expected = error is None or isinstance(error, OSError | ValueError)
+        log.error(
+            "the collector failed", collector=name, why=why, exc_info=None if expected else error
+        )
+
+
+def _build_info() -> Metric:
+    family = GaugeMetricFamily(
+        "upkeep_build_info", "Version of Upkeep and of Python.", labels=["version", "python"]
+    )
+    family.add_metric([version("upkeep"), platform.python_version()], 1)
+    return family
+
+
+def _checked(families: Iterable[Metric]) -> list[Metric]:
+    """The families as a list; `DuplicateSeriesError` rather than an answer Prometheus refuses."""
+    result = list(families)
+    seen = set()
+    for family in result:
+        for sample in family.samples:
+            series = (sample.name, tuple(sorted(sample.labels.items())))
+            if series in seen:
+                raise DuplicateSeriesError(f"{sample.name}{sample.labels} was given twice")
+            seen.add(series)
+    return result
+
+
+_INDEX = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Upkeep exporter</title></head>
+<body><h1>Upkeep exporter</h1><p>Version {version}; collectors: {collectors}.</p>
+<ul><li><a href="/metrics">Metrics</a></li><li><a href="/-/healthy">Healthy</a></li>
+<li><a href="/-/ready">Ready</a></li></ul></body></html>
+"""
+
+
+def application(scraper: Scraper, collectors: Sequence[str]) -> web.Application:
+    """The exporter's pages: `/metrics`, `/-/healthy`, `/-/ready` and `/`."""
+
+    async def metrics(request: web.Request) -> web.Response:
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        families = await scraper.scrape(_timeout(request))
+        response = web.Response(body=encode(_Families(families)))
+        response.headers["Content-Type"] = content_type
+        response.enable_compression()
+        return response
+
+    async def healthy(_request: web.Request) -> web.Response:
+        return web.Response(text="Upkeep exporter is healthy.\n")
+
+    async def ready(_request: web.Request) -> web.Response:
+        if scraper.started:
+            return web.Response(text="Upkeep exporter is ready.\n")
+        return web.Response(status=503, text="Upkeep exporter is starting or stopping.\n")
+
+    async def index(_request: web.Request) -> web.Response:
+        text = _INDEX.format(version=version("upkeep"), collectors=", ".join(collectors))
+        return web.Response(text=text, content_type="text/html")
+
+    async def lifecycle(_app: web.Application) -> AsyncIterator[None]:
+        await scraper.start()
+        yield
+        await scraper.aclose()
+
+    app = web.Application()
+    app.cleanup_ctx.append(lifecycle)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/-/healthy", healthy)
+    app.router.add_get("/-/ready", ready)
+    app.router.add_get("/", index)
+    return app
+
+
+def _timeout(request: web.Request) -> float:
+    """Prometheus says how long it waits; anything else in that header is as good as none."""
+    text = request.headers.get("X-Prometheus-Scrape-Timeout-Seconds", "")
+    try:
+        seconds = float(text)
+    except ValueError:
+        return _SCRAPE_TIMEOUT
+    return seconds if 0 < seconds <= 600 else _SCRAPE_TIMEOUT
