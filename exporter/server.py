@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 
 from aiohttp import web
@@ -40,13 +41,32 @@ class _Families:
         return self._families
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """How one run of a collector ended, and how long it took in seconds."""
+
+    outcome: list[Metric] | Exception
+    seconds: float
+
+
+def _run(collector: Collector) -> _Run:
+    began = time.monotonic()
+    outcome: list[Metric] | Exception
+    try:
+        outcome = _checked(collector.collect())
+    except Exception as error:  # noqa: BLE001 - one failing collector never fails the scrape
+        outcome = error
+    return _Run(outcome, time.monotonic() - began)
+
+
 class Scraper:
     """Runs the collectors for `/metrics`."""
 
     def __init__(self, collectors: Mapping[str, Collector]) -> None:
         self._collectors = collectors
         self._threads: dict[str, ThreadPoolExecutor] = {}
-        self._busy: dict[str, Future[list[Metric]]] = {}
+        self._busy: dict[str, Future[_Run]] = {}
+        self._began: dict[str, float] = {}
         self._failing: dict[str, str] = {}
         self._lock = asyncio.Lock()
         process = CollectorRegistry()
@@ -89,39 +109,39 @@ class Scraper:
         )
         families: list[Metric] = [success, duration, _build_info(), *self._process.collect()]
         async with self._lock:
-            ends = time.monotonic() + max(timeout - _MARGIN, timeout / 2)
             runs = {name: self._begin(name) for name in self._collectors}
-            for name, (run, started) in runs.items():
-                found = await self._finish(name, run, ends)
+            waiting = [asyncio.wrap_future(run) for run in runs.values()]
+            if waiting:
+                await asyncio.wait(waiting, timeout=max(timeout - _MARGIN, timeout / 2))
+            for name, run in runs.items():
+                found = self._found(name, run)
                 success.add_metric([name], float(found is not None))
-                duration.add_metric([name], time.monotonic() - started)
+                duration.add_metric([name], self._seconds(name, run))
                 families.extend(found or ())
         return families
 
-    def _begin(self, name: str) -> tuple[Future[list[Metric]], float]:
+    def _begin(self, name: str) -> Future[_Run]:
         run = self._busy.get(name)
         if run is None or run.done():  # one still busy with an earlier scrape isn't run twice
-            collect = self._collectors[name].collect
-            run = self._threads[name].submit(lambda: _checked(collect()))
+            self._began[name] = time.monotonic()
+            run = self._threads[name].submit(_run, self._collectors[name])
             self._busy[name] = run
-        return run, time.monotonic()
+        return run
 
-    async def _finish(
-        self, name: str, run: Future[list[Metric]], ends: float
-    ) -> list[Metric] | None:
-        try:
-            wrapped = asyncio.shield(asyncio.wrap_future(run))
-            async with asyncio.timeout(max(0.0, ends - time.monotonic())):
-                found = await wrapped
-        except TimeoutError:
+    def _seconds(self, name: str, run: Future[_Run]) -> float:
+        return run.result().seconds if run.done() else time.monotonic() - self._began[name]
+
+    def _found(self, name: str, run: Future[_Run]) -> list[Metric] | None:
+        if not run.done():
             self._say_once(name, "it was still busy when the scrape's time was up", None)
             return None
-        except Exception as error:  # noqa: BLE001 - one failing collector never fails the scrape
-            self._say_once(name, f"{type(error).__name__}: {error}", error)
+        outcome = run.result().outcome
+        if isinstance(outcome, Exception):
+            self._say_once(name, f"{type(outcome).__name__}: {outcome}", outcome)
             return None
         if self._failing.pop(name, None) is not None:
             log.info("the collector works again", collector=name)
-        return found
+        return outcome
 
     def _say_once(self, name: str, why: str, error: BaseException | None) -> None:
         """Log a failure when it begins or changes, not at every scrape."""
