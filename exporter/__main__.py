@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from exporter import config, logs
+from exporter import config, logs, report
 from exporter.collectors import COLLECTORS
 from exporter.server import Scraper, application
 
@@ -20,7 +20,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log = logs.get_logger("exporter")
     for warning in warnings:
         log.warning(warning)
-    return asyncio.run(_serve(settings))
+    return asyncio.run(_check(settings) if settings.check else _serve(settings))
+
+
+async def _check(settings: config.Config) -> int:
+    """Print one collector's findings; 1 and a sentence where it can't find out."""
+    collector = COLLECTORS[settings.check](settings)
+    await collector.start()
+    try:
+        found = await asyncio.to_thread(report.report_of, collector)
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"upkeep-exporter: can't check {settings.check}: {error}\n")
+        return 1
+    finally:
+        await collector.aclose()
+    report.write(found, settings.output, sys.stdout)
+    return 0
 
 
 async def _serve(settings: config.Config) -> int:
