@@ -21,6 +21,7 @@ import yaml
 
 from deploy.local import alerting
 from deploy.local.alerting import SHIPPED, Addresses, Timing
+from deploy.local.alertmanager import alertmanager_command
 from deploy.local.cache import Progress, print_progress
 from deploy.local.debian import binary
 from deploy.local.processes import Program, port_for
@@ -162,7 +163,7 @@ class Stack:
                 ]
             case "alertmanager":
                 return [
-                    str(binary("prometheus-alertmanager", progress=self._progress)),
+                    *alertmanager_command(progress=self._progress),
                     f"--config.file={here / 'alertmanager.yml'}",
                     f"--storage.path={here / 'alertmanager'}",
                     f"--web.listen-address={listen}",
