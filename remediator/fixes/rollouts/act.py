@@ -1,0 +1,398 @@
+"""Freeing room for one stuck Deployment, step by step, and taking a step back.
+
+One step: note what is about to change, scale one old ReplicaSet down by the least that lets one
+new pod run, and wait until that pod has stayed available. If it doesn't, the old ReplicaSet is
+scaled back, new pods that hold the room without serving are removed, and the old pods are seen
+available again. Every write names the uid and resourceVersion it was decided on.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+
+from exporter.checks.freeing import Freeing
+from exporter.checks.objects import DELETION_COST, Pod, ReplicaSet
+from exporter.checks.rollouts import Stuck
+from exporter.kubernetes import ApiError, Client, decode
+from remediator.fixes.rollouts.look import Look, look
+from remediator.fixes.rollouts.mark import Mark, annotation, mark_of
+from remediator.fixes.rollouts.settings import Settings
+from remediator.model import Steps, Target
+
+T = TypeVar("T")
+
+_HOPELESS = frozenset(
+    {"ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"}
+)
+_HOPELESS_AFTER = 30.0  # seconds in such a state; a registry may just hiccup
+_NO_ROOM_AFTER = 20.0  # seconds the scheduler gets to use the room before it counts as taken
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """One old ReplicaSet that a step scales down, as kept in the step log."""
+
+    name: str
+    uid: str
+    before: int
+    after: int
+    available: int
+    """How many of its pods were available before."""
+
+
+class Open(msgspec.Struct, frozen=True):
+    """A step that was begun and not yet seen to end: what an undo needs, after a crash too."""
+
+    deployment: str
+    """uid"""
+    newest: str
+    """uid of the newest ReplicaSet"""
+    newest_name: str
+    newest_replicas: int
+    come_up: tuple[str, ...]
+    """uids of its pods that were available before"""
+    taken: tuple[Taken, ...]
+
+
+class GaveUpError(Exception):
+    """A step can't succeed; the message says why, `code` is the remediation's reason."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Act:
+    """The work on one Deployment, from claim to release."""
+
+    def __init__(
+        self,
+        api: Client,
+        target: Target,
+        steps: Steps,
+        settings: Settings,
+        *,
+        holder: str,
+        now: Callable[[], float],
+        sleep: Callable[[float], Awaitable[None]],
+    ) -> None:
+        self.api, self.target, self.steps, self.settings = api, target, steps, settings
+        self.holder, self.now, self.sleep = holder, now, sleep
+        self.open: Open | None = None
+        """The step under way; whoever is interrupted with one undoes it."""
+        self.freed = 0
+        """Pods freed so far, each replaced by a new one that came up."""
+
+    # Looking
+
+    async def seen(self, deployment: str, newest: str, *, whole: bool) -> Look:
+        """Look again; `GaveUpError` where the Deployment or its newest ReplicaSet changed."""
+        found = await look(self.api, self.target, self.now(), whole=whole)
+        if found is None or found.deployment.uid != deployment:
+            raise GaveUpError("TargetReplaced", f"{self.target} was deleted or recreated meanwhile")
+        current = newest_of(found)
+        if current is None or current.uid != newest:
+            raise GaveUpError("Superseded", f"{self.target} was given another revision meanwhile")
+        return found
+
+    # Claim and mark
+
+    async def mark(self, deployment: str, newest: str, change: Callable[[Mark], Mark]) -> bool:
+        """Rewrite the mark by compare-and-swap; False where another executor holds it."""
+        for _ in range(10):
+            found = await self.seen(deployment, newest, whole=False)
+            replica_set = newest_of(found)
+            assert replica_set is not None  # noqa: S101 - seen() made sure
+            mark = mark_of(replica_set)
+            if mark.holder not in {"", self.holder} and mark.until > self.now():
+                return False
+            try:
+                await self.api.patch(
+                    decode.REPLICA_SETS,
+                    replica_set.namespace,
+                    replica_set.name,
+                    uid=replica_set.uid,
+                    resource_version=replica_set.resource_version,
+                    change=annotation(change(mark)),
+                )
+            except ApiError as error:
+                if error.status != 409 and not error.temporary:
+                    raise
+                await self.sleep(self.settings.poll)
+                continue
+            return True
+        raise GaveUpError("Conflict", "the newest ReplicaSet is changed by others all the time")
+
+    async def claim(self, deployment: str, newest: str) -> bool:
+        """Take or renew the claim; False where another executor has it."""
+        patience = self.settings.come_up_timeout + self.settings.undo_timeout
+        until = self.now() + patience
+        return await self.mark(
+            deployment,
+            newest,
+            lambda mark: msgspec.structs.replace(mark, holder=self.holder, until=until),
+        )
+
+    async def release(self, deployment: str, newest: str, failed: str = "") -> None:
+        """Give the claim back and, where acting failed, say so for good."""
+        await self.mark(
+            deployment,
+            newest,
+            lambda mark: Mark(mark.replica_set, failed=failed or mark.failed),
+        )
+
+    # One step
+
+    async def free(self, found: Look, stuck: Stuck, plan: Freeing) -> None:
+        """Scale down what the plan says and wait for the new pod. Leaves `open` set on failure."""
+        min_ready, now = stuck.deployment.min_ready, self.now()
+        available = {p.uid for p in found.view.pods_of(stuck.newest) if p.available(now, min_ready)}
+        begun = Open(
+            deployment=stuck.deployment.uid,
+            newest=stuck.newest.uid,
+            newest_name=stuck.newest.name,
+            newest_replicas=stuck.newest.replicas,
+            come_up=tuple(sorted(available)),
+            taken=tuple(
+                Taken(
+                    name=take.replica_set.name,
+                    uid=take.replica_set.uid,
+                    before=take.before,
+                    after=take.after,
+                    available=sum(
+                        p.available(now, min_ready) for p in found.view.pods_of(take.replica_set)
+                    ),
+                )
+                for take in plan.takes
+            ),
+        )
+        data = msgspec.to_builtins(begun)
+        async with self.steps.step("free", sentence(plan), **data) as step:
+            self.open = begun
+            for take in plan.takes:
+                if take.steered:
+                    await self._steer(take.pods)
+                await self._scale(take.replica_set, take.after)
+            step.result = "scaled down"
+        async with self.steps.step(
+            "come-up", f"Wait for a new pod of {begun.newest_name} to be available"
+        ) as step:
+            step.result = await self.come_up(begun)
+        self.open = None
+        self.freed += sum(len(take.pods) for take in plan.takes)
+
+    async def _scale(self, replica_set: ReplicaSet, replicas: int) -> None:
+        try:
+            await self.api.patch(
+                decode.REPLICA_SETS,
+                replica_set.namespace,
+                replica_set.name,
+                uid=replica_set.uid,
+                resource_version=replica_set.resource_version,
+                change={"spec": {"replicas": replicas}},
+            )
+        except ApiError as error:
+            if error.status == 409:
+                raise GaveUpError(
+                    "ChangedMeanwhile", f"ReplicaSet {replica_set.name} was changed meanwhile"
+                ) from None
+            if not error.temporary:
+                raise GaveUpError("ApiRefused", str(error)) from None
+            # The answer was lost, perhaps not the write: waiting and the undo look at what is.
+
+    async def _steer(self, pods: tuple[Pod, ...]) -> None:
+        """Make the ReplicaSet controller choose these pods (Kubernetes 1.22 and newer)."""
+        for pod in pods:
+            await self._set_cost(pod, "-2147483647")
+
+    async def _set_cost(self, pod: Pod, cost: str | None) -> None:
+        try:
+            await self.api.patch(
+                decode.PODS,
+                pod.namespace,
+                pod.name,
+                uid=pod.uid,
+                resource_version=pod.resource_version,
+                change={"metadata": {"annotations": {DELETION_COST: cost}}},
+            )
+        except ApiError as error:
+            if error.status == 409:
+                raise GaveUpError("ChangedMeanwhile", f"pod {pod.name} changed meanwhile") from None
+            raise GaveUpError("ApiRefused", str(error)) from None
+
+    async def come_up(self, begun: Open) -> str:
+        """Wait until a further pod of the newest ReplicaSet stayed available; say which."""
+        settings = self.settings
+        ends = time.monotonic() + settings.come_up_timeout
+        ready_from: dict[tuple[str, int], float] = {}
+        hopeless_from = unplaced_from = 0.0
+        why = "it was not seen yet"
+        while time.monotonic() < ends:
+            try:
+                found = await self.seen(begun.deployment, begun.newest, whole=False)
+            except ApiError as error:
+                why = str(error)
+                await self.sleep(settings.poll)
+                continue
+            clock = time.monotonic()
+            pods = [p for p in _newest_pods(found) if p.uid not in begun.come_up]
+            settle = max(settings.settle, float(found.deployment.min_ready))
+            ready = {(p.uid, p.restarts): p for p in pods if p.ready_since and not p.deletion}
+            ready_from = {key: ready_from.get(key, clock) for key in ready}
+            for key, since in ready_from.items():
+                if clock - since >= settle:
+                    return f"pod {ready[key].name} is available on {ready[key].node}"
+            crashing = [p for p in pods if p.restarts >= settings.most_restarts]
+            if crashing:
+                raise GaveUpError(
+                    "NewPodCrashes",
+                    f"the new pod {crashing[0].name} restarted {crashing[0].restarts} times",
+                )
+            hopeless = [p for p in pods if p.waiting in _HOPELESS]
+            hopeless_from = (hopeless_from or clock) if hopeless else 0.0
+            if hopeless and clock - hopeless_from >= _HOPELESS_AFTER:
+                raise GaveUpError(
+                    "NewPodDoesNotStart",
+                    f"the new pod {hopeless[0].name} can't start: {hopeless[0].waiting}",
+                )
+            unplaced = isinstance(found.stuck, Stuck) and not any(p.node for p in pods)
+            unplaced_from = (unplaced_from or clock) if unplaced else 0.0
+            if unplaced and clock - unplaced_from >= _NO_ROOM_AFTER:
+                raise GaveUpError("RoomTaken", "the freed room was taken by another pod")
+            why = _state_of(pods)
+            await self.sleep(settings.poll)
+        raise GaveUpError(
+            "NewPodNotAvailable",
+            f"no new pod became available within {settings.come_up_timeout:g} s: {why}",
+        )
+
+    # Undo
+
+    async def undo(self, begun: Open, why: str) -> bool:
+        """Bring the old pods back; True once they are seen available again."""
+        names = ", ".join(f"{taken.name} to {taken.before}" for taken in begun.taken)
+        async with self.steps.step("undo", f"Scale back {names}: {why}") as step:
+            ends = time.monotonic() + self.settings.undo_timeout
+            state = "nothing was seen yet"
+            while time.monotonic() < ends:
+                try:
+                    state = await self._undo_once(begun)
+                except ApiError as error:
+                    state = str(error)
+                if not state:
+                    step.result = "the old pods are available again"
+                    self.open = None
+                    return True
+                await self.sleep(self.settings.poll)
+            step.result = f"not restored: {state}"
+            self.open = None
+            return False
+
+    async def _undo_once(self, begun: Open) -> str:
+        """One round of the undo; empty when all is restored, else what is still missing."""
+        found = await look(self.api, self.target, self.now(), whole=False)
+        if found is None or found.deployment.uid != begun.deployment:
+            return ""  # deleted with everything it owned: nothing of ours is left to restore
+        sets = {one.uid: one for one in found.view.sets_of(found.deployment)}
+        newest = newest_of(found)
+        missing: list[str] = []
+        for taken in begun.taken:
+            old = sets.get(taken.uid)
+            if old is None:
+                return f"ReplicaSet {taken.name} was deleted meanwhile"
+            if newest is not None and newest.uid == old.uid:
+                continue  # rolled back to it meanwhile: the Deployment itself scales it up
+            if old.replicas < taken.before:
+                await self._patch_replicas(old, taken.before)
+                missing.append(f"{taken.name} is being scaled back to {taken.before}")
+                continue
+            pods = found.view.pods_of(old)
+            available = sum(p.available(self.now(), found.deployment.min_ready) for p in pods)
+            if available < min(taken.available, taken.before):
+                missing.append(f"{available} of {taken.available} pods of {old.name} available")
+                if any(p.unschedulable for p in pods) and newest is not None:
+                    await self._clear_way(found, newest)
+        if not missing and newest is not None and newest.uid == begun.newest:
+            await self._drop_surplus(newest, begun)
+        return "; ".join(missing)
+
+    async def _patch_replicas(self, replica_set: ReplicaSet, replicas: int) -> None:
+        await self.api.patch(
+            decode.REPLICA_SETS,
+            replica_set.namespace,
+            replica_set.name,
+            uid=replica_set.uid,
+            resource_version=replica_set.resource_version,
+            change={"spec": {"replicas": replicas}},
+        )
+
+    async def _clear_way(self, found: Look, newest: ReplicaSet) -> None:
+        """Remove new pods that hold room without serving, so that the old ones get it back."""
+        for pod in found.view.pods_of(newest):
+            if pod.node and pod.deletion is None and pod.ready_since is None:
+                await self.api.delete(
+                    decode.PODS,
+                    pod.namespace,
+                    pod.name,
+                    uid=pod.uid,
+                    resource_version=pod.resource_version,
+                )
+
+    async def _drop_surplus(self, newest: ReplicaSet, begun: Open) -> None:
+        """The Deployment controller filled the gap with new pods that now only wait."""
+        if newest.replicas > begun.newest_replicas:
+            await self._patch_replicas(newest, begun.newest_replicas)
+
+
+def newest_of(found: Look) -> ReplicaSet | None:
+    """The ReplicaSet of the Deployment's current revision."""
+    revision = found.deployment.revision
+    same = [s for s in found.view.sets_of(found.deployment) if revision and s.revision == revision]
+    return same[0] if len(same) == 1 else None
+
+
+def _newest_pods(found: Look) -> list[Pod]:
+    newest = newest_of(found)
+    return found.view.pods_of(newest) if newest else []
+
+
+def _state_of(pods: list[Pod]) -> str:
+    if not pods:
+        return "there is none"
+    states = []
+    for pod in pods:
+        if pod.unschedulable:
+            states.append(f"{pod.name} waits for a node")
+        elif pod.waiting:
+            states.append(f"{pod.name}: {pod.waiting}")
+        else:
+            states.append(f"{pod.name} is {pod.phase or 'unknown'} and not ready long enough")
+    return ", ".join(states)
+
+
+def sentence(plan: Freeing) -> str:
+    """What a plan would do, for people."""
+    parts = [
+        f"scale ReplicaSet {take.replica_set.name} from {take.before} to {take.after}"
+        for take in plan.takes
+    ]
+    return (
+        f"{' and '.join(parts)}, which makes room for a new pod on {plan.node} "
+        f"({plan.available_before} pods available, then at least {plan.available_after})"
+    ).capitalize()
+
+
+async def shielded(work: Coroutine[Any, Any, T]) -> T:
+    """Await to the end whatever happens to the waiter, then pass a cancellation on."""
+    task = asyncio.create_task(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled and not task.cancelled() and task.exception() is None:
+        raise asyncio.CancelledError
+    return task.result()

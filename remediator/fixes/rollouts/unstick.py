@@ -1,0 +1,359 @@
+"""The fix `unstick-rollout`: check, free step by step, verify, and what a successor must finish."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+
+import msgspec
+
+from exporter.checks.freeing import Freeing, Limits, Refusal, plan_freeing
+from exporter.checks.labels import parse_selector
+from exporter.checks.objects import OPT_OUT
+from exporter.checks.rollouts import Moving, Stuck
+from exporter.kubernetes import AccessError, ApiError, Client, decode
+from remediator.fixes.rollouts.act import Act, GaveUpError, Open, newest_of, sentence, shielded
+from remediator.fixes.rollouts.look import Look, look
+from remediator.fixes.rollouts.mark import mark_of
+from remediator.fixes.rollouts.settings import Settings
+from remediator.model import CheckError, Condition, FixError, Outcome, Phase, Steps, Target
+
+_SKIPPED = (
+    "ConditionCleared",
+    "NotSelected",
+    "Paused",
+    "GenerationBehind",
+    "NoNewestReplicaSet",
+    "Terminating",
+    "Nominated",
+    "ScaleUpTriggered",
+    "BelowActLimit",
+    "Recreate",
+    "Quota",
+    "NotForLackOfRoom",
+    "CannotBeKnown",
+    "FitsNow",
+    "NothingToFree",
+    "DoesNotFit",
+    "CannotChoosePod",
+    "WouldStopService",
+    "TooFewAvailable",
+    "DisruptionBudget",
+    "FailedBefore",
+    "AlreadyActing",
+    "TargetReplaced",
+    "Superseded",
+)
+_FAILED = (
+    "NewPodCrashes",
+    "NewPodDoesNotStart",
+    "NewPodNotAvailable",
+    "RoomTaken",
+    "ChangedMeanwhile",
+    "Conflict",
+    "ApiRefused",
+    "ApiUnavailable",
+    "Interrupted",
+    "NotRestored",
+    "StillStuck",
+    "TargetReplaced",
+    "Superseded",
+)
+
+
+class UnstickRollout:
+    """Frees a stuck Deployment's own old pods, as few at a time as let one new pod run."""
+
+    name = "unstick-rollout"
+    target_labels = ("namespace", "deployment")
+    reasons: Mapping[Phase, tuple[str, ...]] = {
+        Phase.SUCCEEDED: ("RolloutUnstuck",),
+        Phase.FAILED: _FAILED,
+        Phase.SKIPPED: _SKIPPED,
+    }
+
+    def __init__(
+        self,
+        settings: Settings,
+        connect: Callable[[], Client],
+        *,
+        now: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """`connect` makes an API client (`exporter.kubernetes.client`); one is made for each use.
+
+        Raises `exporter.checks.labels.SelectorError` where a selector in the settings is broken.
+        """
+        self.deadline = settings.deadline
+        self._settings = settings
+        self._connect = connect
+        self._now = now
+        self._sleep = sleep
+        self._selector = parse_selector(settings.selector)
+        self._may_stop = (
+            None
+            if settings.allow_none_available == "!*"
+            else parse_selector(settings.allow_none_available)
+        )
+
+    # check and verify
+
+    async def check(self, target: Target) -> Condition:
+        try:
+            async with self._connect() as api:
+                found = await look(api, target, self._now(), whole=True)
+        except (ApiError, AccessError) as error:
+            raise CheckError(str(error)) from None
+        return self._judge(target, found)
+
+    async def verify(self, target: Target, condition: Condition) -> Condition:
+        """Healed once the rollout is no longer stuck; a newer revision is another matter."""
+        return await self.check(target)
+
+    def _judge(self, target: Target, found: Look | None) -> Condition:
+        if found is None:
+            return Condition(
+                broken=False, reason="ConditionCleared", message=f"there is no {target}"
+            )
+        stuck = found.stuck
+        if isinstance(stuck, Moving):
+            return _no(found, stuck.code, f"{target} is not stuck: {stuck.message}")
+        age = self._now() - stuck.since
+        plan = self._refused(found, stuck, age) or self._plan(found, stuck)
+        if isinstance(plan, Refusal):
+            return _no(found, plan.code, f"{target} is stuck, but {plan.message}")
+        return Condition(
+            broken=True,
+            reason=stuck.cause.value,
+            message=f"{target} has been stuck for {age:.0f} s: {stuck.message}",
+            identities=frozenset(pod.uid for pod in stuck.waiting),
+            plan=(sentence(plan),),
+            opted_out=_opt_out(found),
+            workload=f"deployment/{target.namespace}/{target.deployment}",
+            detail=stuck,
+        )
+
+    def _refused(self, found: Look, stuck: Stuck, age: float) -> Refusal | None:
+        """The fix's own limits, apart from those of the plan."""
+        settings = self._settings
+        if not self._selector.matches(found.deployment.labels):
+            return Refusal(
+                "NotSelected", f"it doesn't match the fix's selector {settings.selector!r}"
+            )
+        if failed := mark_of(stuck.newest).failed:
+            return Refusal(
+                "FailedBefore",
+                f"freeing room for ReplicaSet {stuck.newest.name} failed once ({failed}); "
+                "it is not tried again until the Deployment has another revision",
+            )
+        if age < settings.min_stuck:
+            return Refusal(
+                "BelowActLimit",
+                f"only for {age:.0f} s, and nothing is done before {settings.min_stuck:g} s",
+            )
+        return None
+
+    def _plan(self, found: Look, stuck: Stuck) -> Freeing | Refusal:
+        may_stop = self._may_stop is not None and self._may_stop.matches(stuck.deployment.labels)
+        limits = Limits(
+            extra_unavailable=self._settings.extra_unavailable,
+            allow_none_available=may_stop,
+            respect_budgets=self._settings.respect_disruption_budgets,
+        )
+        return plan_freeing(found.view, stuck, limits, self._now())
+
+    # apply
+
+    async def apply(self, target: Target, condition: Condition, steps: Steps) -> Outcome:
+        stuck = condition.detail
+        if not isinstance(stuck, Stuck):
+            raise FixError("ConditionCleared", f"there is no finding to act on for {target}")
+        async with self._connect() as api:
+            act = self._act(api, target, steps, str(uuid.uuid4()))
+            return await self._guarded(act, stuck.deployment.uid, stuck.newest.uid)
+
+    def _act(self, api: Client, target: Target, steps: Steps, holder: str) -> Act:
+        return Act(
+            api,
+            target,
+            steps,
+            self._settings,
+            holder=holder,
+            now=self._now,
+            sleep=self._sleep,
+        )
+
+    async def _guarded(self, act: Act, deployment: str, newest: str) -> Outcome:
+        """Drive to the end; whatever breaks in the middle of a step is undone first."""
+        try:
+            async with act.steps.step(
+                "claim", "Claim the Deployment's newest ReplicaSet", holder=act.holder
+            ):
+                if not await act.claim(deployment, newest):
+                    return _outcome(
+                        Phase.SKIPPED,
+                        "AlreadyActing",
+                        "another executor is acting on this Deployment",
+                    )
+            outcome = await self._drive(act, deployment, newest)
+        except GaveUpError as stop:
+            outcome = await shielded(self._step_back(act, stop.code, str(stop)))
+        except ApiError as error:
+            code = "ApiUnavailable" if error.temporary else "ApiRefused"
+            outcome = await shielded(self._step_back(act, code, str(error)))
+        except asyncio.CancelledError:
+            await shielded(self._step_back(act, "Interrupted", "the time for the fix was up"))
+            await shielded(self._let_go(act, deployment, newest, ""))
+            raise
+        failed = outcome.message if outcome.phase is Phase.FAILED and _final(outcome.reason) else ""
+        await shielded(self._let_go(act, deployment, newest, failed))
+        return outcome
+
+    async def _let_go(self, act: Act, deployment: str, newest: str, failed: str) -> None:
+        try:
+            await act.release(deployment, newest, failed)
+        except (GaveUpError, ApiError) as error:
+            # The claim ends by itself; that it failed is in the journal.
+            async with act.steps.step("release", "Give the claim back") as step:
+                step.result = f"not done: {error}"
+
+    async def _step_back(self, act: Act, code: str, why: str) -> Outcome:
+        """Undo the open step, if there is one, and say how it ended."""
+        begun = act.open
+        if begun is None:
+            phase = Phase.FAILED if act.freed else Phase.SKIPPED
+            if code not in _SKIPPED:
+                phase = Phase.FAILED
+            return _outcome(phase, code, why)
+        if await act.undo(begun, why):
+            return _outcome(Phase.FAILED, code, f"{why}; the old pods are available again")
+        return _outcome(Phase.FAILED, "NotRestored", f"{why}; the old pods are not all back")
+
+    async def _drive(self, act: Act, deployment: str, newest: str) -> Outcome:
+        """Free, wait, and again, until the rollout is complete or can't go on."""
+        ends = time.monotonic() + self._settings.come_up_timeout
+        while True:
+            found = await act.seen(deployment, newest, whole=True)
+            stuck = found.stuck
+            why = stuck.message
+            if isinstance(stuck, Moving):
+                if found.deployment.complete:
+                    return await self._done(act, found)
+                if stuck.code in {"Paused", "NoNewestReplicaSet"}:
+                    raise GaveUpError(stuck.code, why)
+            else:
+                plan = self._plan(found, stuck)
+                if isinstance(plan, Freeing):
+                    await act.claim(deployment, newest)
+                    await act.free(found, stuck, plan)
+                    ends = time.monotonic() + self._settings.come_up_timeout
+                    continue
+                why = plan.message
+                if not act.freed and plan.code != "FitsNow":
+                    raise GaveUpError(plan.code, why)
+            if time.monotonic() >= ends:
+                raise GaveUpError("StillStuck", f"the rollout doesn't go on: {why}")
+            await self._sleep(self._settings.poll)
+
+    async def _done(self, act: Act, found: Look) -> Outcome:
+        if self._settings.delete_old_replica_sets:
+            await self._delete_old(act, found)
+        if not act.freed:
+            return _outcome(
+                Phase.SKIPPED, "ConditionCleared", "the rollout went on before anything was done"
+            )
+        return _outcome(
+            Phase.SUCCEEDED,
+            "RolloutUnstuck",
+            f"the rollout is complete: {act.freed} old pods were freed one step at a time, and "
+            f"{found.deployment.available} of {found.deployment.replicas} pods are available",
+        )
+
+    async def _delete_old(self, act: Act, found: Look) -> None:
+        newest = newest_of(found)
+        for one in found.view.sets_of(found.deployment):
+            if newest is None or one.uid == newest.uid or one.replicas or one.created:
+                continue
+            async with act.steps.step("delete", f"Delete the empty ReplicaSet {one.name}"):
+                await act.api.delete(
+                    decode.REPLICA_SETS,
+                    one.namespace,
+                    one.name,
+                    uid=one.uid,
+                    resource_version=one.resource_version,
+                )
+
+    # resume
+
+    async def resume(self, target: Target, steps: Steps) -> Outcome:
+        """Finish or undo what a dead owner left: its last step without an end."""
+        begun, holder = _left_open(steps)
+        async with self._connect() as api:
+            act = self._act(api, target, steps, holder or str(uuid.uuid4()))
+            if begun is None:
+                return _outcome(
+                    Phase.FAILED,
+                    "Interrupted",
+                    "the earlier owner died between two steps; nothing was left half-done",
+                )
+            act.open = begun
+            return await self._guarded_resume(act, begun)
+
+    async def _guarded_resume(self, act: Act, begun: Open) -> Outcome:
+        try:
+            async with act.steps.step(
+                "come-up", f"Look after the step that an earlier owner left on {begun.newest_name}"
+            ) as step:
+                step.result = await act.come_up(begun)
+            act.open = None
+            act.freed = sum(taken.before - taken.after for taken in begun.taken)
+        except GaveUpError as stop:
+            outcome = await shielded(self._step_back(act, stop.code, str(stop)))
+            failed = outcome.message if _final(outcome.reason) else ""
+            await shielded(self._let_go(act, begun.deployment, begun.newest, failed))
+            return outcome
+        except asyncio.CancelledError:
+            await shielded(self._step_back(act, "Interrupted", "the time for the fix was up"))
+            raise
+        return await self._guarded(act, begun.deployment, begun.newest)
+
+
+def _left_open(steps: Steps) -> tuple[Open | None, str]:
+    """The step that was begun and neither came up nor was undone, and the owner's claim."""
+    begun: Open | None = None
+    holder = ""
+    for step in steps.earlier:
+        if step.name == "claim":
+            holder = str(step.data.get("holder", ""))
+        elif step.name == "free":
+            begun = msgspec.convert(step.data, Open, strict=False)
+        elif step.name in {"come-up", "undo"} and step.ok:
+            begun = None
+    return begun, holder
+
+
+def _final(reason: str) -> bool:
+    """Whether this failure is the new ReplicaSet's own, never to be tried again."""
+    return reason in {
+        "NewPodCrashes",
+        "NewPodDoesNotStart",
+        "NewPodNotAvailable",
+        "RoomTaken",
+        "NotRestored",
+    }
+
+
+def _opt_out(found: Look) -> str:
+    if found.deployment.opted_out:
+        return f"the Deployment {found.deployment.key} is annotated {OPT_OUT}=disabled"
+    if found.namespace_opted_out:
+        return f"the namespace {found.deployment.namespace} is annotated {OPT_OUT}=disabled"
+    return ""
+
+
+def _no(found: Look, reason: str, message: str) -> Condition:
+    return Condition(broken=False, reason=reason, message=message, opted_out=_opt_out(found))
+
+
+def _outcome(phase: Phase, reason: str, message: str) -> Outcome:
+    return Outcome(phase=phase, reason=reason, message=message)
