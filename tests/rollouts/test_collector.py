@@ -1,0 +1,113 @@
+"""The rollouts collector on a real API server: what it says, and when it keeps silent."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporter.collectors.rollouts import RolloutsCollector, ViewError
+from exporter.config import Config
+from tests.cluster.control_plane import ControlPlane
+from tests.rollouts.scene import Scene
+
+pytestmark = [pytest.mark.cluster, pytest.mark.debian]
+
+Series = dict[tuple[str, ...], float]
+
+
+def series(collector: RolloutsCollector, metric: str) -> Series:
+    """One family's samples by their label values."""
+    return {
+        tuple(sample.labels.values()): sample.value
+        for family in collector.collect()
+        if family.name == metric
+        for sample in family.samples
+    }
+
+
+async def until(what: str, probe: Callable[[], bool], seconds: float = 60.0) -> None:
+    async with asyncio.timeout(seconds):
+        while True:
+            try:
+                if probe():
+                    return
+            except ViewError:
+                pass
+            await asyncio.sleep(0.1)
+    raise AssertionError(what)
+
+
+async def test_a_stuck_rollout_has_its_series_until_it_is_freed(scene: Scene) -> None:
+    scene.node(cpu="1500m")
+    name = scene.run(scene.deployment(cpu="1"))
+    collector = RolloutsCollector(Config(kubeconfig=scene.plane.kubeconfig), environ={})
+    await collector.start()
+    try:
+        await until("a view", lambda: series(collector, "upkeep_rollout_view_age_seconds") != {})
+        key = (scene.namespace, name)
+        assert key not in series(collector, "upkeep_rollout_unstickable")
+        scene.release(name)
+        scene.wait_stuck(name)
+        await until(
+            "unstickable", lambda: series(collector, "upkeep_rollout_unstickable").get(key) == 1
+        )
+        stuck = series(collector, "upkeep_rollout_stuck_seconds")
+        assert 0 <= stuck[(*key, "InsufficientResources")] < 60
+
+        await scene.unstick(name)
+
+        await until("healed", lambda: key not in series(collector, "upkeep_rollout_unstickable"))
+    finally:
+        await collector.aclose()
+
+
+async def test_a_request_that_fits_nowhere_is_stuck_and_not_unstickable(scene: Scene) -> None:
+    scene.node(cpu="2")
+    name = scene.run(scene.deployment(cpu="1"))
+    scene.release(name, cpu="3")
+    scene.wait_stuck(name)
+    collector = RolloutsCollector(Config(kubeconfig=scene.plane.kubeconfig), environ={})
+    await collector.start()
+    try:
+        key = (scene.namespace, name)
+        await until(
+            "not unstickable", lambda: series(collector, "upkeep_rollout_unstickable").get(key) == 0
+        )
+    finally:
+        await collector.aclose()
+
+
+async def test_without_leave_to_list_it_says_which_and_gives_no_series(
+    rollouts_plane: ControlPlane,
+) -> None:
+    kubeconfig = rollouts_plane.service_account(
+        "deployments-only",
+        [{"apiGroups": ["apps"], "resources": ["deployments"], "verbs": ["list", "watch"]}],
+    )
+    collector = RolloutsCollector(Config(kubeconfig=kubeconfig), environ={})
+    await collector.start()
+    try:
+        await asyncio.sleep(2)
+        with pytest.raises(ViewError, match=r"403 .*cannot list.*ClusterRole"):
+            list(collector.collect())
+    finally:
+        await collector.aclose()
+
+
+async def test_an_unreadable_kubeconfig_is_named(tmp_path: Path) -> None:
+    collector = RolloutsCollector(Config(kubeconfig=tmp_path / "absent.conf"), environ={})
+    await collector.start()
+    try:
+        await asyncio.sleep(0.5)
+        with pytest.raises(ViewError, match=r"can't read .*absent\.conf"):
+            list(collector.collect())
+    finally:
+        await collector.aclose()
+
+
+async def test_without_any_kubeconfig_there_is_nothing_to_say() -> None:
+    collector = RolloutsCollector(Config(), environ={})
+    await collector.start()
+    assert list(collector.collect()) == []
+    await collector.aclose()
