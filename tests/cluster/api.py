@@ -36,7 +36,7 @@ class Api:
         config = yaml.safe_load(kubeconfig.read_text())
         context = _named(config["contexts"], config["current-context"])["context"]
         cluster = _named(config["clusters"], context["cluster"])["cluster"]
-        user = _named(config["users"], context["user"])["user"]
+        user = _named(config["users"], context["user"])["user"] or {}
         self.server: str = cluster["server"]
         self.headers = {"Accept": "application/json"}
         if token := user.get("token"):
