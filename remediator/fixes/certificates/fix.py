@@ -1,0 +1,175 @@
+"""`rotate-certificates`: renew what kubeadm manages on this node, without breaking the cluster.
+
+What is refused is refused before anything is touched. From then on the backup is the way back: what
+fails is put back as it was, and a rotation whose owner died is finished or undone by the next one,
+which can see from the serials on disk how far it came.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from exporter.checks.certificates import DAY, Certificate, Root, is_due
+from exporter.logs import get_logger
+from remediator.fixes.certificates import commands
+from remediator.fixes.certificates.kubeadm import Kubeadm
+from remediator.fixes.certificates.layout import Layout, Pair, read_layout
+from remediator.fixes.certificates.preflight import Preflight, RefusedError
+from remediator.fixes.certificates.rotation import INTERRUPTED, Rotation, RotationPlan
+from remediator.fixes.certificates.settings import Settings
+from remediator.model import CheckError, Condition, Outcome, Phase, Steps, Target
+
+log = get_logger("remediator.rotate-certificates")
+
+CLEARED = "ConditionCleared"
+
+
+class RotateCertificates:
+    """Implements `remediator.model.Fix` for the node it runs on."""
+
+    name = "rotate-certificates"
+    target_labels = ("node",)
+    reasons: Mapping[Phase, tuple[str, ...]] = {
+        Phase.SUCCEEDED: ("Renewed",),
+        Phase.FAILED: (
+            "BackupFailed",
+            "RenewalFailed",
+            "RolledBack",
+            "RollbackFailed",
+            "RestartFailed",
+            "NotServed",
+            INTERRUPTED,
+        ),
+        Phase.SKIPPED: (CLEARED, *Preflight.reasons),
+    }
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        node_name: str,
+        rootfs: Path = Path("/"),
+        procfs: Path = Path("/proc"),
+        run: commands.Run = commands.run,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """rootfs, procfs: where the host's are seen; clock: Unix seconds."""
+        self._settings = settings
+        self._node = node_name
+        self._root = Root(rootfs)
+        self._clock = clock
+        self.deadline = settings.deadline
+        kubeadm = Kubeadm(self._root, run, path=settings.kubeadm, timeout=settings.kubeadm_timeout)
+        self._preflight = Preflight(settings, self._root, kubeadm, clock)
+        self._rotation = Rotation(
+            settings,
+            root=self._root,
+            procfs=procfs,
+            kubeadm=kubeadm,
+            run=run,
+            clock=clock,
+            node_name=node_name,
+        )
+
+    async def check(self, target: Target) -> Condition:
+        """Whether a certificate is due, and whether renewing it now is safe and would help."""
+        return await self._check(target, forced=False)
+
+    async def force(self, target: Target) -> Condition:
+        """The same for a person who wants them renewed whether or not they are due."""
+        return await self._check(target, forced=True)
+
+    async def _check(self, target: Target, *, forced: bool) -> Condition:
+        layout = await asyncio.to_thread(self._read_layout, target)
+        now = self._clock()
+        due = layout.pairs if forced else tuple(p for p in layout.pairs if self._is_due(p, now))
+        if not due:
+            return self._not_due(layout, now)
+        try:
+            plan = await self._preflight.plan(layout, due)
+        except RefusedError as refused:
+            return Condition(broken=False, reason=refused.reason, message=str(refused))
+        first = min(due, key=lambda pair: pair.certificate.not_after)
+        message = (
+            f"{len(due)} of {len(layout.pairs)} certificates are due; {first.name} "
+            f"{_ends(first.certificate, now)}"
+        )
+        return Condition(
+            broken=True,
+            reason="CertificatesDue",
+            message=message,
+            identities=frozenset(f"{p.name}:{p.certificate.serial}" for p in due),
+            plan=self._rotation.describe(plan),
+            detail=plan,
+        )
+
+    def _read_layout(self, target: Target) -> Layout:
+        if target.node != self._node:
+            raise CheckError(f"this is node {self._node}, not {target.node}")
+        return read_layout(self._root)
+
+    def _is_due(self, pair: Pair, now: float) -> bool:
+        return is_due(
+            pair.certificate,
+            now,
+            days=self._settings.act_below_days,
+            fraction=self._settings.act_below_fraction,
+        )
+
+    def _not_due(self, layout: Layout, now: float) -> Condition:
+        if not layout.pairs:
+            message = f"node {self._node} has no certificates that kubeadm manages"
+            return Condition(broken=False, reason=CLEARED, message=message)
+        first = min(layout.pairs, key=lambda pair: pair.certificate.not_after)
+        message = f"no certificate is due; the first, {first.name}, {_ends(first.certificate, now)}"
+        return Condition(broken=False, reason=CLEARED, message=message)
+
+    async def apply(self, target: Target, condition: Condition, steps: Steps) -> Outcome:
+        """Renew exactly what the condition was found on."""
+        plan = condition.detail
+        if not isinstance(plan, RotationPlan):
+            raise CheckError(f"the check of {target} gave no plan")
+        return await self._rotation.run(plan, steps)
+
+    async def verify(self, target: Target, condition: Condition) -> Condition:
+        """Broken while a serial acted on is still on disk, or a certificate is still due."""
+        layout = await asyncio.to_thread(self._read_layout, target)
+        on_disk = {f"{name}:{serial}" for name, serial in layout.serials.items()}
+        if left := sorted(condition.identities & on_disk):
+            return Condition(
+                broken=True,
+                reason="NotRenewed",
+                message=f"not renewed: {', '.join(left)}",
+                identities=frozenset(left),
+            )
+        now = self._clock()
+        due = [pair for pair in layout.pairs if self._is_due(pair, now)]
+        if not due:
+            return self._not_due(layout, now)
+        return Condition(
+            broken=True,
+            reason="StillDue",
+            message=f"still due: {', '.join(pair.name for pair in due)}",
+            identities=frozenset(f"{p.name}:{p.certificate.serial}" for p in due),
+        )
+
+    async def resume(self, target: Target, steps: Steps) -> Outcome:
+        """Finish or undo what a dead owner began."""
+        layout = await asyncio.to_thread(self._read_layout_or_none, target)
+        return await self._rotation.resume(layout, steps)
+
+    def _read_layout_or_none(self, target: Target) -> Layout | None:
+        try:
+            return self._read_layout(target)
+        except CheckError as error:
+            # A death in the middle of kubeadm's writing leaves such files: the backup mends them.
+            log.warning("the certificates can't be read as they are", why=str(error))
+            return None
+
+
+def _ends(certificate: Certificate, now: float) -> str:
+    remaining = certificate.remaining(now)
+    size = abs(remaining)
+    text = f"{size / DAY:.0f} days" if size >= 2 * DAY else f"{size / 3600:.1f} hours"
+    return f"has {text} left" if remaining >= 0 else f"expired {text} ago"

@@ -1,0 +1,109 @@
+"""The host's own kubeadm, which alone decides what a renewed certificate looks like.
+
+`kubeadm certs renew` asks the cluster for its configuration and, where it gets no answer, silently
+takes the defaults, which are wrong on Kubespray. So it is always given one: the cluster's, kept in
+a copy for the day the API is down.
+"""
+
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from exporter.checks.certificates import Root
+from remediator.fixes.certificates.commands import CommandError, Completed, Run
+
+_DIRECTORIES = ("/usr/bin", "/usr/local/bin", "/opt/bin", "/bin", "/usr/sbin", "/usr/local/sbin")
+_OLDEST = (1, 20)
+_USUAL_CONFIGURATIONS = (
+    "/etc/kubernetes/kubeadm-config.yaml",  # Kubespray
+    "/etc/kubernetes/kubeadm.yaml",
+)
+
+
+class KubeadmError(Exception):
+    """kubeadm is missing, hung, or failed; the sentence has its own last line."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Kubeadm:
+    """kubeadm of the host whose files are below `root`."""
+
+    def __init__(self, root: Root, run: Run, *, path: str, timeout: float) -> None:
+        self._root = root
+        self._run = run
+        self._path = path
+        self._timeout = timeout
+
+    def find(self) -> str:
+        """Its path as seen from here. KubeadmError where there is none."""
+        for path in (self._path,) if self._path else [f"{d}/kubeadm" for d in _DIRECTORIES]:
+            if self._root.exists(path):
+                return self._root.resolve(path)
+        if self._path and Path(self._path).exists():
+            return self._path  # beside the root and not in it: it's run before it changes its root
+        where = self._path or ", ".join(_DIRECTORIES)
+        raise KubeadmError(
+            "KubeadmMissing", f"there is no kubeadm in {where}; install it or name it in `kubeadm`"
+        )
+
+    async def version(self) -> tuple[int, int]:
+        """Major and minor. KubeadmError where it doesn't run or is too old."""
+        done = await self._kubeadm("version", "--output", "short")
+        try:
+            major, minor = done.output.splitlines()[-1].lstrip("v").split(".")[:2]
+            version = int(major), int(minor)
+        except (ValueError, IndexError):
+            raise KubeadmError("KubeadmFailed", "kubeadm does not say its version") from None
+        if version < _OLDEST:
+            raise KubeadmError("KubeadmTooOld", f"kubeadm {major}.{minor} is older than 1.20")
+        return version
+
+    async def renew_all(self, config: str) -> str:
+        """Renew everything it can; what it said. config: a path on the host, or empty.
+
+        KubeadmError where it failed: some certificates may be renewed by then.
+        """
+        arguments = ["certs", "renew", "all"]
+        if config:
+            arguments += ["--config", config]
+        return (await self._kubeadm(*arguments)).output
+
+    async def _kubeadm(self, *arguments: str) -> Completed:
+        here = self._root.resolve("/").rstrip("/")
+        # Its own --rootfs is a chroot: it then sees /etc/kubernetes where it expects it.
+        command = [self.find(), *(["--rootfs", here] if here else []), *arguments]
+        try:
+            done = await self._run(command, self._timeout)
+        except CommandError as error:
+            raise KubeadmError("KubeadmFailed", str(error)) from None
+        if done.status != 0:
+            lines = [line for line in done.output.splitlines() if line.strip()]
+            last = next((line for line in lines if "error" in line.lower()), (lines or [""])[-1])
+            raise KubeadmError("KubeadmFailed", f"kubeadm failed ({done.status}): {last[:500]}")
+        return done
+
+
+def find_configuration(root: Root, chosen: str, saved: str) -> str:
+    """The path, on the host, of the configuration to renew with; empty where there is none.
+
+    chosen: the setting; saved: where the cluster's own was saved when the API last answered.
+    """
+    for path in (chosen, saved, *_USUAL_CONFIGURATIONS):
+        if path and root.exists(path):
+            return path
+    return ""
+
+
+def certificates_directory(root: Root, path: str) -> str:
+    """The `certificatesDir` of a kubeadm configuration; empty where it names none."""
+    try:
+        text = Path(root.resolve(path)).read_bytes()
+        for document in yaml.load_all(text, Loader=yaml.BaseLoader):
+            if isinstance(document, dict) and document.get("kind") == "ClusterConfiguration":
+                return str(PurePosixPath(str(document.get("certificatesDir") or "")))
+    except (OSError, yaml.YAMLError, ValueError):
+        return ""
+    return ""
