@@ -58,6 +58,12 @@ class LogFolders:
         links = (_LINK.fullmatch(name) for name in _entries(self._links))
         return {link[4] for link in links if link}
 
+    def ids(self, names: ContainerNames) -> set[str]:
+        """Ids of the containers of that name that have a link, dead ones included."""
+        links = (_LINK.fullmatch(entry) for entry in _entries(self._links))
+        wanted = (names.pod, names.namespace, names.container)
+        return {link[4] for link in links if link and link.group(1, 2, 3) == wanted}
+
     def _from_folders(
         self, refs: set[ContainerRef], pods_with_links: set[tuple[str, str]]
     ) -> dict[ContainerRef, ContainerNames]:

@@ -5,6 +5,7 @@ after the last `)`. Every answer names its process by pid and start time, since 
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,6 +143,19 @@ class Procfs:
             raise ProcfsError(
                 error.errno, f"{self.root}/{pid}/{name} can't be read: {error.strerror}"
             ) from error
+
+    def memory(self, pid: int, address: int, size: int) -> int:
+        """`size` bytes of a process's memory as a number. Errors as for `read`."""
+        try:
+            handle = os.open(f"{self.root}/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return int.from_bytes(os.pread(handle, size, address), sys.byteorder)
+            finally:
+                os.close(handle)
+        except (FileNotFoundError, ProcessLookupError):
+            raise ProcessGoneError(pid) from None
+        except (OSError, OverflowError) as error:
+            raise ProcfsError(f"{self.root}/{pid}/mem can't be read: {error}") from error
 
     def stat(self, pid: int) -> Stat:
         """`ProcessGoneError`, `ProcfsError` as for `read`."""
