@@ -26,8 +26,6 @@ from deploy.local.cache import Progress, print_progress
 from deploy.local.debian import binary
 from deploy.local.processes import Program, port_for
 
-_LOOPBACK = "127.0.0.1"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -47,8 +45,9 @@ class Settings:
     people: str = ""
     """URL of a webhook that stands for the people; empty: their alerts go nowhere."""
     inside: Sequence[str] = ()
-    """A command that runs the rest of its arguments where exporter and remediator belong, such as
-    in the namespaces of a node; empty is here. Loopback must be the same in both."""
+    """A command that runs the rest of its arguments in the namespaces of a node; empty is here."""
+    address: str = "127.0.0.1"
+    """Where all four listen: an address of that node that is reached from here."""
 
 
 class Stack:
@@ -95,7 +94,7 @@ class Stack:
 
     def url(self, name: str) -> str:
         """Where exporter, remediator, prometheus or alertmanager answers, without a last slash."""
-        return f"http://{_LOOPBACK}:{self.ports[name]}"
+        return f"http://{self.settings.address}:{self.ports[name]}"
 
     @property
     def journal(self) -> Path:
@@ -120,7 +119,7 @@ class Stack:
         self._progress(f"starting {name} on {self.url(name)}")
         program = Program(
             name,
-            self._command(name),
+            [*self.settings.inside, *self._command(name)],
             self.directory / f"{name}.log",
             environment=_environment(),
         )
@@ -138,22 +137,21 @@ class Stack:
         self._running.pop(name).kill()
 
     def _command(self, name: str) -> list[str]:
-        listen = f"{_LOOPBACK}:{self.ports[name]}"
+        listen = f"{self.settings.address}:{self.ports[name]}"
         here = self.directory
         match name:
             case "exporter":
                 flags = [f"--web.listen-address={listen}", *self.settings.exporter]
-                return [*self.settings.inside, sys.executable, "-m", "exporter", *flags]
+                return [sys.executable, "-m", "exporter", *flags]
             case "remediator":
                 flags = [
                     f"--web.listen-address={listen}",
-                    f"--web.config.file={here / 'remediator-web.yml'}",
                     f"--config.file={here / 'remediator.yml'}",
                     f"--journal={self.journal}",
                     *([] if self.settings.enforce else ["--dry-run"]),
                     *self.settings.remediator,
                 ]
-                return [*self.settings.inside, sys.executable, "-m", "remediator", "serve", *flags]
+                return [sys.executable, "-m", "remediator", "serve", *flags]
             case "prometheus":
                 return [
                     str(binary("prometheus", progress=self._progress)),
@@ -177,10 +175,11 @@ class Stack:
         token_file = here / "webhook.token"
         token_file.touch(mode=0o600)
         token_file.write_text(secrets.token_urlsafe(32) + "\n")
+        at = {name: f"{self.settings.address}:{port}" for name, port in self.ports.items()}
         addresses = Addresses(
-            exporters=[f"{_LOOPBACK}:{self.ports['exporter']}"],
-            remediators=[f"{_LOOPBACK}:{self.ports['remediator']}"],
-            alertmanagers=[f"{_LOOPBACK}:{self.ports['alertmanager']}"],
+            exporters=[at["exporter"]],
+            remediators=[at["remediator"]],
+            alertmanagers=[at["alertmanager"]],
         )
         alerting.write_rules(here, timing)
         (here / "prometheus.yml").write_text(alerting.prometheus_configuration(addresses, timing))
@@ -192,10 +191,11 @@ class Stack:
                 people=self.settings.people,
             )
         )
-        (here / "remediator.yml").write_text(
-            yaml.safe_dump(dict(self.settings.remediator_config), sort_keys=False)
-        )
-        (here / "remediator-web.yml").write_text("{}\n")
+        configuration = {
+            "webhook": {"bearer_token_file": str(token_file)},
+            **self.settings.remediator_config,
+        }
+        (here / "remediator.yml").write_text(yaml.safe_dump(configuration, sort_keys=False))
 
 
 def _environment() -> dict[str, str]:

@@ -167,8 +167,10 @@ upkeep_rollout_stuck_seconds{{namespace="shop",deployment="e",reason="QuotaExcee
 upkeep_rollout_unstickable{{namespace="shop",deployment="e"}} 1
 """
     assert list(sentences(page)) == [
-        "certificates: 2 found, 2 of them kubeadm's; b (/p/b.crt) ended 1.5 days ago, "
-        "before all others",
+        (
+            "certificates: 2 found, 2 of them kubeadm's; b (/p/b.crt) ended 1.5 days ago, "
+            "before all others"
+        ),
         "certificates: /p/c.crt can't be read: empty",
         "certificates: etcd still uses an older b than the one on disk",
         "zombies: 70 in shop/web app",
