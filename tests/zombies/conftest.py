@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from remediator.fixes.zombies import ReapZombies, Settings
-from remediator.fixes.zombies_plan import Level
+from remediator.fixes.zombies.plan import Level
 from remediator.model import Condition, Outcome, Step, Steps, Target
 from tests.zombies.node import Container, Node, compile_workload
 
