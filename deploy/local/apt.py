@@ -13,7 +13,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,19 +39,19 @@ class Source:
     signed_by: str = ""
     """A path, a fingerprint, or a whole key on several lines; empty: apt's trusted keys."""
 
-    def is_debian(self, codename: str) -> bool:
-        """True for Debian's archive of this release, on whatever mirror.
+    def debian_part(self, codename: str) -> Source | None:
+        """What of it is Debian's own archive of this release, on whatever mirror, if any.
 
         Third parties use the same suite names, so the place must also look like Debian's archive
         (`…/debian`, `…/debian-security`) and have its component `main`.
         """
-        suites = {codename, *(f"{codename}-{part}" for part in ("updates", "security"))}
-        places = (re.split(r"[/:]+", uri.rstrip("/")) for uri in self.uris)
-        return (
-            "main" in self.components
-            and set(self.suites) <= suites
-            and all(any(part.startswith("debian") for part in place[2:]) for place in places)
-        )
+        wanted = {codename, f"{codename}-updates", f"{codename}-security"}
+        suites = tuple(suite for suite in self.suites if suite.partition("/")[0] in wanted)
+        paths = [re.split(r"[/:]+", uri.rstrip("/"))[2:] for uri in self.uris]
+        is_archive = all(any(part.startswith("debian") for part in path) for path in paths)
+        if not (suites and is_archive and "main" in self.components):
+            return None
+        return replace(self, suites=suites, components=("main",))
 
     def stanza(self, kind: Kind) -> str:
         """The deb822 text for a `.sources` file."""
@@ -59,7 +59,7 @@ class Source:
             f"Types: {kind}",
             f"URIs: {' '.join(self.uris)}",
             f"Suites: {' '.join(self.suites)}",
-            "Components: main",
+            f"Components: {' '.join(self.components)}",
         ]
         if self.signed_by:
             lines.append(f"Signed-By: {self.signed_by}")
@@ -195,9 +195,9 @@ def _write_configuration(own: Path, kind: Kind) -> Path:
     for folder in ("state/lists/partial", "cache/archives/partial"):
         (own / folder).mkdir(parents=True, exist_ok=True)
     release = codename()
-    sources = [s for s in machine_sources(Path("/etc/apt")) if s.is_debian(release)] or [
-        Source(("http://deb.debian.org/debian",), (release,), ("main",), ARCHIVE_KEYRING)
-    ]
+    official = Source(("http://deb.debian.org/debian",), (release,), ("main",), ARCHIVE_KEYRING)
+    parts = [source.debian_part(release) for source in machine_sources(Path("/etc/apt"))]
+    sources = [part for part in parts if part] or [official]
     _replace(own / "debian.sources", "\n".join(source.stanza(kind) for source in sources))
     configuration = own / "apt.conf"
     _replace(

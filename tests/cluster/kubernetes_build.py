@@ -37,6 +37,7 @@ from deploy.local.debian import (
     source_version,
     unpack,
 )
+from tests.cluster import die_with_parent
 
 RECIPE = 1
 """Raise it when this file builds something different, so that older results aren't used."""
@@ -280,7 +281,7 @@ class _Go:
         ]
         compiled: list[str] = []
         with subprocess.Popen(
-            [*command, "-o", str(output), *packages],
+            die_with_parent.wrap([*command, "-o", str(output), *packages]),
             cwd=self.tree,
             env=self.environment,
             stdin=subprocess.DEVNULL,
