@@ -6,12 +6,13 @@ is made from its metrics: one row for each set of labels, one column for each me
 
 import json
 import os
-import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TextIO, runtime_checkable
 
 import msgspec
 from prometheus_client.core import Metric
+
+from exporter.logs import inert
 
 _COLOURS = {"bad": "\x1b[31m", "warning": "\x1b[33m", "": ""}
 _RESET = "\x1b[0m"
@@ -99,25 +100,14 @@ def write(report: Report, output: str, stream: TextIO) -> None:
         _write_table(report, stream, colours=colours)
     else:
         stream.write(report.nothing + "\n")
-    stream.writelines(f"note: {printable(note)}\n" for note in report.notes)
+    stream.writelines(f"note: {inert(note)}\n" for note in report.notes)
 
 
 def _write_table(report: Report, stream: TextIO, *, colours: bool) -> None:
     lines = [[column.replace("_", " ").upper() for column in report.columns]]
-    lines += [[printable(row.cells.get(c, "")) for c in report.columns] for row in report.rows]
+    lines += [[inert(row.cells.get(c, "")) for c in report.columns] for row in report.rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for index, line in enumerate(lines):
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         colour = _COLOURS[report.rows[index - 1].level] if colours and index else ""
         stream.write(f"{colour}{text.rstrip()}{_RESET if colour else ''}\n")
-
-
-def printable(text: str) -> str:
-    """Text that does nothing to a terminal: control and format characters are escaped.
-
-    A certificate's names come from whoever made it.
-    """
-    return "".join(
-        c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode()
-        for c in text
-    )
