@@ -81,6 +81,38 @@ def target_from_labels(labels: Mapping[str, str], names: Sequence[str]) -> Targe
     return Target(**found)
 
 
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One alert that asks for one fix on one target, as the webhook understood it."""
+
+    fix: str
+    target: Target
+    fingerprint: str
+    """Alertmanager's hash of the label set: the same alert has it again in its next episode."""
+    alert: str
+    """The alert's name, for people."""
+    starts_at: datetime
+    firing: bool
+    """False: it has resolved, which is only a hint."""
+
+
+class Alert(msgspec.Struct, frozen=True, kw_only=True):
+    """An alert that was coalesced into a remediation."""
+
+    fingerprint: str
+    name: str
+    starts_at: datetime
+    resolved: bool
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """Which process executes a remediation; a process id alone is reused after its death."""
+
+    boot_id: str
+    pid: int
+    start_time: int
+    """Clock ticks since boot, field 22 of /proc/PID/stat."""
+
+
 class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """What a check found, now. The same check serves the decision and the verification."""
 
@@ -114,6 +146,66 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     result: str = ""
     data: dict[str, Any] = {}
     """What is needed to resume or undo it after a crash (JSON types only, never a secret)."""
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took; None where it hasn't ended."""
+        return None if self.ended_at is None else (self.ended_at - self.started_at).total_seconds()
+
+
+class Verdict(StrEnum):
+    """What the policy says of acting now."""
+
+    ADMIT = "admit"
+    WAIT = "wait"  # stays Pending until a person or a window lets it act, or it expires
+    REFUSE = "refuse"  # Skipped; the alert will offer it again
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """The policy's word, never without its reason."""
+
+    verdict: Verdict
+    reason: str
+    message: str
+    """Names the rule and, where it ends by itself, until when."""
+    until: datetime | None = None
+
+
+class Origin(StrEnum):
+    """Who asked for a remediation."""
+
+    ALERT = "alert"
+    HAND = "hand"  # `upkeep-remediator run`
+
+
+class Remediation(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt of one fix on one target, as the journal knows it. Times are UTC."""
+
+    id: str
+    """`<webhook request>-<number of the alert in it>`: one id from the webhook to the last step."""
+    fix: str
+    target: Target
+    origin: Origin
+    phase: Phase
+    reason: str
+    message: str
+    created_at: datetime
+    last_seen_at: datetime
+    """When the same refusal of the same target was last repeated."""
+    count: int = 1
+    """How often the same refusal came, this one included."""
+    due_at: datetime | None = None
+    """When a waiting one is looked at again."""
+    expires_at: datetime | None = None
+    """When a waiting one is given up."""
+    approved_by: str = ""
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    claim: Claim | None = None
+    condition: Condition | None = None
+    """What was about to be acted on, without its `detail`; None before it ran."""
+    steps: tuple[Step, ...] = ()
+    alerts: tuple[Alert, ...] = ()
 
 
 class StepHandle:
@@ -191,14 +283,21 @@ class FixError(Exception):
 class Fix(Protocol):
     """One condition's remedy. It knows nothing of dry runs, cooldowns, queues or alerts."""
 
-    name: str
-    """As in the alerts' label `remediation`: `rotate-certificates`, …"""
-    deadline: float
-    """Seconds the worker gives `apply` before it cancels it; on cancellation the fix undoes."""
-    target_labels: tuple[str, ...]
-    """Which alert labels make its target."""
-    reasons: Mapping[Phase, tuple[str, ...]]
-    """Every reason it may give, by terminal phase: their metrics start at 0."""
+    @property
+    def name(self) -> str:
+        """As in the alerts' label `remediation`: `rotate-certificates`, …"""
+
+    @property
+    def deadline(self) -> float:
+        """Seconds the worker gives `apply` before it cancels it; the fix then undoes."""
+
+    @property
+    def target_labels(self) -> tuple[str, ...]:
+        """Which alert labels make its target."""
+
+    @property
+    def reasons(self) -> Mapping[Phase, tuple[str, ...]]:
+        """Every reason it may give, by terminal phase: their metrics start at 0."""
 
     async def check(self, target: Target) -> Condition:
         """Look at the target itself, now. `CheckError` where it can't be known."""

@@ -1,0 +1,242 @@
+"""Listens with the exporter-toolkit web configuration, for both programs.
+
+Certificates and credentials are rotated by replacing files: they are looked at every few seconds
+and taken over without dropping the listening socket. Files that can't be used leave the old ones
+in force, and are named in the log.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+import ssl
+import time
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from exporter.logs import get_logger
+from exporter.web_auth import Access
+from exporter.web_config import TlsConfig, WebConfig, WebConfigError, load, tls_context
+
+__all__ = ["Listener", "WebConfigError", "loopback"]
+
+log = get_logger("web")
+
+_LOOK = 2.0  # seconds between two looks at the files and the idle connections
+
+
+def loopback(host: str) -> bool:
+    """Whether only this machine can reach a socket bound to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Listener:
+    """Serves one application on one address."""
+
+    def __init__(
+        self,
+        app: web.Application,
+        address: tuple[str, int],
+        config_file: Path | None = None,
+        *,
+        bearer_token_file: Path | None = None,
+        max_connections: int = 512,
+        idle_timeout: float = 75.0,
+        request_timeout: float = 15.0,
+    ) -> None:
+        """`request_timeout`: seconds a new connection has to send the head of its first request."""
+        self._app = app
+        self._address = address
+        self._config_file = config_file
+        self._bearer_file = bearer_token_file
+        self._max_connections = max_connections
+        self._idle_timeout = idle_timeout
+        self._request_timeout = request_timeout
+        self._config = WebConfig()
+        self._access = Access()
+        self._tls: ssl.SSLContext | None = None
+        self._stamp: object = None
+        self._busy: set[asyncio.BaseTransport] = set()
+        self._idle_since: dict[asyncio.BaseTransport, tuple[float, bool]] = {}
+        self._runner: web.AppRunner | None = None
+        self._site: web.SockSite | None = None
+        self._socket: socket.socket | None = None
+        self._task: asyncio.Task[None] | None = None
+        app.middlewares.insert(0, self._middleware())
+
+    @property
+    def guarded(self) -> bool:
+        """Whether anything is asked of a client: credentials or a verified certificate."""
+        return self._access.guarded
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, once started."""
+        if self._socket is None:
+            raise RuntimeError("not listening yet")
+        return int(self._socket.getsockname()[1])
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self._tls is None else "https"
+
+    def load(self) -> None:
+        """Read the files; `WebConfigError` leaves what was in force."""
+        stamp = self._look()
+        config = WebConfig() if self._config_file is None else load(self._config_file)
+        tls, folder = config.tls_server_config, Path()
+        if self._config_file is not None:
+            folder = self._config_file.parent
+        context = None if tls is None else tls_context(tls, folder)
+        bearer = None if self._bearer_file is None else _token(self._bearer_file)
+        self._access = Access(
+            users=config.basic_auth_users,
+            bearer=bearer,
+            client_names=tls.client_allowed_sans if tls else (),
+            client_certificates=context is not None and context.verify_mode is ssl.CERT_REQUIRED,
+        )
+        self._config, self._tls, self._stamp = config, context, stamp
+
+    async def start(self) -> None:
+        """Listen. `OSError` where the address can't be had; `WebConfigError`."""
+        if self._stamp is None:
+            self.load()
+        self._socket = _listening(*self._address)
+        self._runner = web.AppRunner(
+            self._app,
+            access_log=None,
+            keepalive_timeout=self._idle_timeout,
+            handle_signals=False,
+            shutdown_timeout=5.0,
+        )
+        await self._runner.setup()
+        await self._serve()
+        self._task = asyncio.create_task(self._watch())
+
+    async def reload(self) -> None:
+        """Take over changed files; `WebConfigError` leaves what was in force."""
+        before = self._tls
+        self.load()
+        if self._runner is not None and (before is not None or self._tls is not None):
+            await self._serve()
+
+    async def aclose(self) -> None:
+        """Stop listening, let what is being answered end (5 s), close the rest."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._socket is not None:
+            self._socket.close()
+
+    async def _serve(self) -> None:
+        """Accept with the TLS context in force; the socket's queue of connections stays."""
+        if self._runner is None or self._socket is None:
+            return
+        old = self._site
+        self._site = web.SockSite(self._runner, self._socket.dup(), ssl_context=self._tls)
+        await self._site.start()
+        if old is not None:
+            await old.stop()
+
+    def _middleware(self) -> Middleware:
+        @web.middleware
+        async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+            transport = request.transport
+            if transport is not None:
+                self._busy.add(transport)
+            try:
+                response = await self._access.refusal(request) or await handler(request)
+            finally:
+                if transport is not None:
+                    self._busy.discard(transport)
+                    self._idle_since[transport] = (time.monotonic(), True)
+            for name, value in self._config.http_server_config.headers.items():
+                response.headers.setdefault(name, value)
+            return response
+
+        return guard
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK)
+            self._close_idle()
+            if self._look() == self._stamp:
+                continue
+            try:
+                await self.reload()
+                log.info("web configuration reloaded")
+            except WebConfigError as error:
+                self._stamp = self._look()
+                log.error("the old web configuration stays in force", why=str(error))
+            except Exception:
+                log.exception("the web configuration could not be reloaded")
+
+    def _look(self) -> object:
+        """Something that differs once any file was replaced or written."""
+        files = [f for f in (self._config_file, self._bearer_file) if f is not None]
+        tls = self._config.tls_server_config or TlsConfig()
+        if self._config_file is not None:
+            names = (tls.cert_file, tls.key_file, tls.client_ca_file)
+            files += [self._config_file.parent / name for name in names if name]
+        return tuple((str(file), _stat(file)) for file in files)
+
+    def _close_idle(self) -> None:
+        """Close who connects and says nothing, and the longest idle where there are too many."""
+        server = self._runner.server if self._runner is not None else None
+        if server is None:
+            return
+        now = time.monotonic()
+        open_now: list[asyncio.BaseTransport] = [
+            p.transport for p in server.connections if p.transport is not None
+        ]
+        idle = {t: self._idle_since.get(t, (now, False)) for t in open_now if t not in self._busy}
+        self._idle_since = idle
+        for transport, (since, served) in idle.items():
+            if not served and now - since > self._request_timeout:
+                transport.close()
+        excess = len(open_now) - self._max_connections
+        if excess > 0:
+            for transport in sorted(idle, key=lambda t: idle[t][0])[:excess]:
+                transport.close()
+
+
+def _token(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not text"
+        raise WebConfigError(f"the bearer token file {path} can't be read: {why}") from None
+    if len(token) < 16:
+        raise WebConfigError(f"the bearer token in {path} is shorter than 16 characters")
+    return token
+
+
+def _stat(path: Path) -> object:
+    try:
+        found = path.stat()
+    except OSError as error:
+        return error.errno
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A listening socket; an empty host means every address, IPv4 and IPv6."""
+    if not host:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+            )
+        return socket.create_server(("", port), backlog=1024)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = found[0]
+    return socket.create_server((str(address[0]), port), family=family, backlog=1024)

@@ -1,0 +1,182 @@
+"""Alertmanager's webhook message, version 4, to requests.
+
+A message carries a whole group; one alert that can't be used doesn't lose the others. Labels are
+untrusted: they only choose a fix by its name and locate a target.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from hashlib import sha256
+
+import msgspec
+
+from remediator.matchers import Matcher
+from remediator.model import Request, TargetError, target_from_labels
+
+OUTCOMES = (
+    "accepted",
+    "resolved",
+    "other_node",
+    "other_cluster",
+    "not_for_us",
+    "fix_off",
+    "invalid",
+    "truncated",
+)
+"""What may become of an alert: the label `outcome` of upkeep_webhook_alerts_total."""
+
+_LONGEST = 256  # characters of an alert's name or fingerprint that are kept
+
+
+class MessageError(ValueError):
+    """The body will never be right; the sentence says why."""
+
+
+class _Alert(msgspec.Struct, frozen=True, rename="camel"):
+    status: str
+    labels: dict[str, str]
+    starts_at: datetime
+    fingerprint: str = ""
+
+
+class _Message(msgspec.Struct, frozen=True, rename="camel"):
+    version: str
+    alerts: list[_Alert]
+    truncated_alerts: int = 0
+
+
+class _Loose(msgspec.Struct, frozen=True, rename="camel"):
+    version: str
+    alerts: list[msgspec.Raw]
+    truncated_alerts: int = 0
+
+
+class Read(msgspec.Struct, frozen=True, kw_only=True):
+    """A message as the engine sees it."""
+
+    requests: Sequence[Request]
+    outcomes: Mapping[str, int]
+    """How many alerts came to which of OUTCOMES."""
+    problems: Sequence[str] = ()
+    """A sentence for each alert that can't be used (the first few)."""
+
+
+_strict = msgspec.json.Decoder(_Message)
+_loose = msgspec.json.Decoder(_Loose)
+_one = msgspec.json.Decoder(_Alert)
+
+
+class Reader:
+    """Turns messages into requests for the fixes of this remediator."""
+
+    def __init__(
+        self,
+        *,
+        target_labels: Mapping[str, tuple[str, ...]],
+        enabled: Callable[[str], bool],
+        node: str,
+        cluster: str = "",
+        matchers: Sequence[Matcher] = (),
+    ) -> None:
+        """`target_labels`: by fix, which labels make its target."""
+        self._target_labels = target_labels
+        self._enabled = enabled
+        self._node = node
+        self._cluster = cluster
+        self._matchers = tuple(matchers)
+
+    def read(self, body: bytes) -> Read:
+        """The requests of one message; `MessageError` where the whole of it can't be used."""
+        alerts, truncated, problems = _decode(body)
+        outcomes = {"invalid": len(problems), "truncated": truncated}
+        requests = []
+        for alert in alerts:
+            outcome, request = self._request(alert, problems)
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+            if request is not None:
+                requests.append(request)
+        return Read(
+            requests=requests,
+            outcomes={name: count for name, count in outcomes.items() if count},
+            problems=problems[:5],
+        )
+
+    def _request(  # noqa: PLR0911 - one return an outcome
+        self, alert: _Alert, problems: list[str]
+    ) -> tuple[str, Request | None]:
+        labels: Mapping[str, str] = alert.labels
+        fix = labels.get("remediation", "")
+        if fix not in self._target_labels:
+            matcher = next((m for m in self._matchers if m.matches(labels)), None)
+            if matcher is None:
+                return "not_for_us", None
+            fix, labels = matcher.fix, matcher.target_labels(labels)
+        if self._cluster and labels.get("cluster", self._cluster) != self._cluster:
+            return "other_cluster", None
+        try:
+            target = target_from_labels(labels, self._target_labels[fix])
+        except TargetError as error:
+            problems.append(f"{fix}: {error}")
+            return "invalid", None
+        if target.node and target.node != self._node:
+            return "other_node", None
+        if not self._enabled(fix):
+            return "fix_off", None
+        firing = alert.status == "firing"
+        if not firing and alert.status != "resolved":
+            problems.append(f"{fix}: the alert's status is neither firing nor resolved")
+            return "invalid", None
+        request = Request(
+            fix=fix,
+            target=target,
+            fingerprint=alert.fingerprint[:_LONGEST] or _fingerprint(alert.labels),
+            alert=labels.get("alertname", "")[:_LONGEST],
+            starts_at=alert.starts_at,
+            firing=firing,
+        )
+        return ("accepted" if firing else "resolved"), request
+
+
+def _decode(body: bytes) -> tuple[Sequence[_Alert], int, list[str]]:
+    try:
+        message = _strict.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return _decode_each(body)
+    _known(message.version)
+    if any(alert.starts_at.tzinfo is None for alert in message.alerts):
+        return _decode_each(body)
+    return message.alerts, max(0, message.truncated_alerts), []
+
+
+def _decode_each(body: bytes) -> tuple[Sequence[_Alert], int, list[str]]:
+    """Alert by alert, for a message of which some part can't be used."""
+    try:
+        message = _loose.decode(body)
+    except msgspec.ValidationError as error:
+        raise MessageError(f"the body is no Alertmanager message: {error}") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise MessageError(f"the body is not JSON: {error}") from None
+    _known(message.version)
+    alerts, problems = [], []
+    for raw in message.alerts:
+        try:
+            alert = _one.decode(raw)
+        except (msgspec.DecodeError, RecursionError) as error:
+            problems.append(f"an alert can't be read: {error}")
+            continue
+        if alert.starts_at.tzinfo is None:
+            problems.append("an alert can't be read: its startsAt has no time zone")
+            continue
+        alerts.append(alert)
+    return alerts, max(0, message.truncated_alerts), problems
+
+
+def _known(version: str) -> None:
+    if version != "4":
+        raise MessageError('the message\'s version is not "4"; is it from Alertmanager?')
+
+
+def _fingerprint(labels: Mapping[str, str]) -> str:
+    """For senders that give none: the same label set, the same fingerprint."""
+    text = msgspec.json.encode(labels, order="sorted")
+    return sha256(text).hexdigest()[:16]

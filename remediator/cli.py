@@ -1,0 +1,253 @@
+"""The commands for people: list, show, approve, pause, resume, run, check-config.
+
+They work on the journal's file itself, so they work whether the daemon runs or not.
+"""
+
+import argparse
+import getpass
+import os
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+import msgspec
+
+from exporter.logs import inert
+from remediator.config import ConfigError
+from remediator.daemon import load_config, make_fixes
+from remediator.fixes import FIXES, Entry
+from remediator.flags import Flags
+from remediator.host import HostClock, own_claim
+from remediator.journal import ConflictError, JournalError
+from remediator.journal.sqlite import SqliteJournal
+from remediator.model import Phase, Remediation, TargetError, target_from_labels
+from remediator.worker import Worker
+
+
+class CommandError(Exception):
+    """The command can't be done; the sentence says why and what to do."""
+
+
+async def command(
+    given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entry] = FIXES
+) -> int:
+    """Run one command; the exit status. Errors are one sentence on standard error."""
+    try:
+        match given.command:
+            case "check-config":
+                return _check_config(flags, fixes)
+            case "run":
+                return await _run(given, flags, fixes)
+            case _:
+                return await _with_journal(given, flags, fixes)
+    except (CommandError, ConfigError, ConflictError, JournalError, TargetError) as error:
+        sys.stderr.write(f"upkeep-remediator: {inert(str(error))}\n")
+        return 1
+
+
+def _check_config(flags: Flags, fixes: Mapping[str, Entry]) -> int:
+    if flags.config_file is None:
+        raise CommandError("no file to check; name it by --config.file")
+    loaded, settings = load_config(flags, fixes)
+    make_fixes(flags, settings, fixes)
+    modes = ", ".join(f"{name}: {policy.mode}" for name, policy in loaded.fixes.items())
+    print(f"{flags.config_file}: good ({modes})")
+    return 0
+
+
+async def _with_journal(given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entry]) -> int:
+    if not flags.journal.exists():
+        raise CommandError(f"there is no journal at {flags.journal} yet; name it by --journal")
+    reads = given.command in ("list", "show")
+    journal = SqliteJournal(flags.journal, HostClock(), read_only=reads)
+    try:
+        match given.command:
+            case "list":
+                return await _list(given, journal)
+            case "show":
+                return await _show(given, journal)
+            case "approve":
+                found = await _get(journal, given.id)
+                done = await journal.approve(found.id, _person())
+                print(f"{done.id}: approved; it acts when it's next looked at")
+                return 0
+            case _:
+                return await _pause_or_resume(given, journal, fixes)
+    finally:
+        await journal.aclose()
+
+
+async def _list(given: argparse.Namespace, journal: SqliteJournal) -> int:
+    found = await journal.find(
+        fix=given.fix,
+        phase=Phase(given.phase) if given.phase else None,
+        target=given.target,
+        limit=given.limit,
+    )
+    if given.output == "json":
+        _print_json(found)
+        return 0
+    rows = [
+        (
+            r.id,
+            _time(r.last_seen_at if r.count > 1 else r.created_at),
+            r.fix,
+            str(r.target),
+            r.phase.value,
+            r.reason + (f" x{r.count}" if r.count > 1 else ""),
+            r.message,
+        )
+        for r in found
+    ]
+    _print_table(("ID", "TIME (UTC)", "FIX", "TARGET", "PHASE", "REASON", "MESSAGE"), rows)
+    for pause in await journal.pauses():
+        text = f"{pause.fix} is paused since {_time(pause.since)} by {pause.by}: {pause.why}"
+        print(inert(text))
+    return 0
+
+
+async def _show(given: argparse.Namespace, journal: SqliteJournal) -> int:
+    found = await _get(journal, given.id)
+    if given.output == "json":
+        _print_json(found)
+    else:
+        _print_whole(found)
+    return 0
+
+
+async def _get(journal: SqliteJournal, remediation_id: str) -> Remediation:
+    found = await journal.get(remediation_id)
+    if found is None:
+        raise CommandError(f"no remediation, or more than one, begins with {remediation_id!r}")
+    return found
+
+
+async def _pause_or_resume(
+    given: argparse.Namespace, journal: SqliteJournal, fixes: Mapping[str, Entry]
+) -> int:
+    if given.fix and given.fix not in fixes:
+        raise CommandError(f"no such fix: {given.fix}; known: {', '.join(sorted(fixes))}")
+    for name in [given.fix] if given.fix else sorted(fixes):
+        if given.command == "pause":
+            done = await journal.pause(name, _person(), given.why)
+            print(f"{name}: {'paused' if done else 'was paused already'}")
+        else:
+            done = await journal.resume(name, _person())
+            print(f"{name}: {'acts again' if done else 'was not paused'}")
+    return 0
+
+
+class _Ended:
+    """Keeps how it ended, for the exit status."""
+
+    def __init__(self) -> None:
+        self.phase: Phase | None = None
+        self.reason = ""
+        self.message = ""
+
+    def ended(self, remediation: Remediation) -> None:
+        self.phase, self.reason = remediation.phase, remediation.reason
+        self.message = remediation.message
+
+
+async def _run(given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entry]) -> int:
+    """By hand: no cooldown, window, approval or pause; opt-outs and the checks stand."""
+    if given.fix not in fixes:
+        raise CommandError(f"no such fix: {given.fix}; known: {', '.join(sorted(fixes))}")
+    loaded, settings = load_config(flags, fixes)
+    fix = make_fixes(flags, settings, {given.fix: fixes[given.fix]})[given.fix]
+    parts = {name: getattr(given, name) for name in ("namespace", "pod", "container", "deployment")}
+    labels = {"node": flags.node_name, **parts}
+    if missing := [name for name in fix.target_labels if not labels[name]]:
+        flags_wanted = " ".join(f"--{name}" for name in missing)
+        raise CommandError(f"{given.fix} needs {flags_wanted}")
+    clock = HostClock()
+    claim = own_claim(clock)
+    journal = SqliteJournal(flags.journal, clock)
+    ended = _Ended()
+    worker = Worker(
+        journal=journal,
+        fixes={given.fix: fix},
+        config=lambda: loaded,
+        clock=clock,
+        claim=claim,
+        lock_directory=flags.lock_directory,
+        events=ended,
+        dry_run=flags.dry_run,
+    )
+    try:
+        target = target_from_labels(labels, fix.target_labels)
+        remediation = await journal.begin(
+            given.fix, target, f"hand-{secrets.token_hex(6)}", _person(), claim
+        )
+        await worker.execute(remediation)
+        found = await journal.get(remediation.id)
+    finally:
+        await journal.aclose()
+    if given.output == "json":
+        _print_json(found)
+    elif found is not None:
+        _print_whole(found)
+    elif ended.phase is not None:
+        print(inert(f"{ended.phase} ({ended.reason}): {ended.message}"))
+    return 1 if ended.phase is Phase.FAILED else 0
+
+
+def _person() -> str:
+    """Who sits at the keyboard, through sudo too."""
+    return os.environ.get("SUDO_USER") or getpass.getuser()
+
+
+def _time(moment: datetime | None) -> str:
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}" if moment else ""
+
+
+def _print_json(value: object) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they need to be; what names hold can't reach the terminal's controls."""
+    lines = [head, *([inert(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        print("  ".join((*cells, line[-1])).rstrip())
+
+
+def _print_whole(found: Remediation) -> None:
+    facts = (
+        ("id", found.id),
+        ("fix", found.fix),
+        ("target", str(found.target)),
+        ("phase", found.phase.value),
+        ("reason", found.reason),
+        ("message", found.message),
+        ("asked for by", found.origin.value),
+        ("created", _time(found.created_at)),
+        ("started", _time(found.started_at)),
+        ("ended", _time(found.ended_at)),
+        ("approved by", found.approved_by),
+        ("expires", "" if found.phase.terminal else _time(found.expires_at)),
+        ("times", str(found.count) if found.count > 1 else ""),
+    )
+    for name, value in facts:
+        if value:
+            print(f"{name + ':':14}{inert(value)}")
+    for alert in found.alerts:
+        state = "resolved" if alert.resolved else "firing"
+        print(f"{'alert:':14}{inert(alert.name)} since {_time(alert.starts_at)}, {state}")
+    if found.steps:
+        print()
+        rows = [
+            (
+                _time(step.started_at),
+                {True: "ok", False: "failed", None: "under way"}[step.ok],
+                "" if step.seconds is None else f"{step.seconds:.1f} s",
+                step.name,
+                f"{step.message} {step.result}".strip(),
+            )
+            for step in found.steps
+        ]
+        _print_table(("TIME (UTC)", "OUTCOME", "TOOK", "STEP", "WHAT"), rows)

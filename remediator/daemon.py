@@ -1,0 +1,182 @@
+"""`upkeep-remediator serve`: puts the parts together, and takes them down in order."""
+
+import asyncio
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from exporter.logs import get_logger
+from exporter.web import Listener, WebConfigError, loopback
+from remediator import config
+from remediator.alertmanager import Reader
+from remediator.config import Config, ConfigError, Mode
+from remediator.fixes import FIXES, Edges, Entry, settings_types
+from remediator.flags import Flags
+from remediator.host import HostClock, own_claim
+from remediator.journal.sqlite import SqliteJournal
+from remediator.metrics import Metrics
+from remediator.model import Fix
+from remediator.scheduler import Scheduler
+from remediator.server import Api
+from remediator.worker import Worker
+
+log = get_logger("remediator")
+
+
+def load_config(flags: Flags, fixes: Mapping[str, Entry]) -> tuple[Config, dict[str, Any]]:
+    """The configuration, with `unstick-rollout` and the like off where no API server is known."""
+    loaded, settings = config.load(flags.config_file, settings_types(fixes))
+    policies = dict(loaded.fixes)
+    for name, entry in fixes.items():
+        if not entry.on_node and flags.kubeconfig is None and policies[name].mode is Mode.ENFORCE:
+            policies[name] = msgspec.structs.replace(policies[name], mode=Mode.OFF)
+    return msgspec.structs.replace(loaded, fixes=policies), settings
+
+
+def make_fixes(
+    flags: Flags, settings: Mapping[str, Any], fixes: Mapping[str, Entry]
+) -> dict[str, Fix]:
+    """Each fix of its settings; `ConfigError` where they don't go together."""
+    edges = Edges(
+        node_name=flags.node_name,
+        rootfs=flags.rootfs,
+        procfs=flags.procfs,
+        cgroupfs=flags.cgroupfs,
+        kubeconfig=flags.kubeconfig,
+    )
+    made = {}
+    for name, entry in fixes.items():
+        try:
+            made[name] = entry.make(settings[name], edges)
+        except ValueError as error:
+            raise ConfigError(f"{flags.config_file}: fixes.{name}.settings: {error}") from None
+    return made
+
+
+class Daemon:
+    """One host's remediator."""
+
+    def __init__(self, flags: Flags, fixes: Mapping[str, Entry] = FIXES) -> None:
+        """`ConfigError` where the configuration can't be used."""
+        self._flags = flags
+        self._entries = fixes
+        self._config, self._settings = load_config(flags, fixes)
+        self._fixes = make_fixes(flags, self._settings, fixes)
+        self._metrics = Metrics(self._fixes)
+        clock = HostClock()
+        bounds = self._config.journal
+        self._journal = SqliteJournal(
+            flags.journal, clock, max_bytes=bounds.max_bytes, max_active=bounds.max_active
+        )
+        self._worker = Worker(
+            journal=self._journal,
+            fixes=self._fixes,
+            config=lambda: self._config,
+            clock=clock,
+            claim=own_claim(clock),
+            lock_directory=flags.lock_directory,
+            events=self._metrics,
+            dry_run=flags.dry_run,
+        )
+        self._scheduler = Scheduler(self._journal, self._worker, lambda: self._config)
+        self._reader = self._make_reader()
+        self._api = Api(
+            journal=self._journal,
+            metrics=self._metrics,
+            reader=lambda: self._reader,
+            config=lambda: self._config,
+            accepted=self._scheduler.wake,
+            reload=self.reload,
+            title=flags.node_name,
+            dry_run=flags.dry_run,
+        )
+        options = self._config.webhook
+        app = self._api.application()
+        self.listener = Listener(
+            app,
+            flags.listen,
+            flags.web_config_file,
+            bearer_token_file=Path(options.bearer_token_file)
+            if options.bearer_token_file
+            else None,
+            max_connections=options.max_connections,
+        )
+        app.middlewares.insert(0, self._api.counting())
+
+    def _make_reader(self) -> Reader:
+        return Reader(
+            target_labels={name: fix.target_labels for name, fix in self._fixes.items()},
+            enabled=lambda name: self._config.fixes[name].mode is not Mode.OFF,
+            node=self._flags.node_name,
+            cluster=self._flags.cluster,
+            matchers=self._config.matchers,
+        )
+
+    async def reload(self) -> str:
+        """Take over the configuration file, whole or not at all; what is wrong with it, or ''."""
+        try:
+            loaded, settings = load_config(self._flags, self._entries)
+            fixes = make_fixes(self._flags, settings, self._entries)
+            await self.listener.reload()
+        except (ConfigError, WebConfigError) as error:
+            self._metrics.reload_successful.set(0)
+            log.error("the old configuration stays in force", why=str(error))
+            return str(error)
+        self._config, self._settings = loaded, settings
+        self._worker.fixes = self._fixes = fixes
+        self._reader = self._make_reader()
+        self._metrics.reload_successful.set(1)
+        log.info("configuration reloaded")
+        self._scheduler.wake()
+        return ""
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; the exit status."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        reloads: set[asyncio.Task[str]] = set()
+        loop.add_signal_handler(
+            signal.SIGHUP, lambda: reloads.add(asyncio.create_task(self.reload()))
+        )
+        host, port = self._flags.listen
+        try:
+            self.listener.load()
+            self._refuse_openness(host)
+            await self.listener.start()
+        except (WebConfigError, OSError) as error:
+            why = str(error) if isinstance(error, WebConfigError) else error.strerror
+            log.error("can't listen; see --web.listen-address", address=f"{host}:{port}", why=why)
+            return 1
+        acting = {n: p.mode.value for n, p in self._config.fixes.items()}
+        log.info(
+            "listening",
+            address=f"{self.listener.scheme}://{host or '*'}:{self.listener.port}",
+            node=self._flags.node_name,
+            dry_run=self._flags.dry_run,
+            **{name.replace("-", "_"): mode for name, mode in acting.items()},
+        )
+        scheduling = asyncio.create_task(self._scheduler.run())
+        self._api.ready = True
+        await stop.wait()
+        log.info("stopping")
+        self._api.ready = False
+        await self.listener.aclose()
+        await self._scheduler.stop(self._config.shutdown_grace)
+        await scheduling
+        await self._journal.aclose()
+        return 0
+
+    def _refuse_openness(self, host: str) -> None:
+        allowed = self._config.webhook.allow_unauthenticated
+        if self.listener.guarded or loopback(host) or allowed:
+            return
+        raise WebConfigError(
+            "whoever reaches this port could ask for fixes: give it credentials or client "
+            "certificates (--web.config.file, webhook.bearer_token_file), listen on 127.0.0.1, or "
+            "set webhook.allow_unauthenticated: true"
+        )

@@ -1,0 +1,217 @@
+"""One thread that owns the SQLite connection and commits many callers' work with one fsync.
+
+Durable before the 200 costs an fsync; a fsync for each webhook would cap the rate at the disk's.
+So whatever waits when a commit ends goes into the next transaction together (group commit), and
+every caller is answered only after it. A transaction that fails is rolled back as a whole: nobody
+in it is told that his work was kept.
+"""
+
+import asyncio
+import contextlib
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from remediator.journal import ConflictError, JournalError
+from remediator.journal.schema import APPLICATION_ID, STATEMENTS, VERSION
+
+T = TypeVar("T")
+Work = Callable[[sqlite3.Connection], T]
+
+_BATCH = 256  # pieces of work in one transaction
+_QUEUE = 2048  # pieces of work waiting; beyond it the caller is told to come again
+_PAGE = 4096  # bytes
+
+
+class Writer:
+    """Runs functions of the connection, many in one durable transaction."""
+
+    def __init__(self, path: Path, *, busy_timeout: float = 2.0, max_bytes: int = 1 << 28) -> None:
+        self.path = path
+        self._busy_timeout = busy_timeout
+        self._max_pages = max(64, max_bytes // _PAGE)
+        self._queue: queue.Queue[tuple[Work[Any], asyncio.Future[Any]] | None] = queue.Queue(_QUEUE)
+        self._connection: sqlite3.Connection | None = None
+        self._inode: tuple[int, int] | None = None
+        self._thread: threading.Thread | None = None
+        self._checked = False
+
+    async def run(self, work: Work[T]) -> T:
+        """Run `work` in a transaction; return when it is durable.
+
+        `work` may raise `ConflictError` or `JournalError` before it has written anything: the
+        others of its transaction are kept. `JournalError` too where it can't be committed.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="journal", daemon=True)
+            self._thread.start()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        try:
+            self._queue.put_nowait((work, future))
+        except queue.Full:
+            raise JournalError(f"the journal {self.path} can't keep up; try again later") from None
+        return await future
+
+    async def aclose(self) -> None:
+        """Finish what was handed in, then close."""
+        if self._thread is not None:
+            await asyncio.to_thread(self._queue.put, None)
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+
+    def _serve(self) -> None:
+        while True:
+            first = self._queue.get()
+            batch = [] if first is None else [first]
+            while first is not None and len(batch) < _BATCH:
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if item is None:
+                    first = None
+                else:
+                    batch.append(item)
+            if batch:
+                self._answer(self._commit(batch))
+            if first is None:
+                self._close()
+                return
+
+    def _commit(
+        self, batch: list[tuple[Work[Any], asyncio.Future[Any]]]
+    ) -> list[tuple[asyncio.Future[Any], Any, Exception | None]]:
+        answers: list[tuple[asyncio.Future[Any], Any, Exception | None]] = []
+        try:
+            connection = self._open()
+            connection.execute("BEGIN IMMEDIATE")
+            for work, future in batch:
+                try:
+                    answers.append((future, work(connection), None))
+                except (ConflictError, JournalError) as error:
+                    answers.append((future, None, error))
+            connection.execute("COMMIT")
+        except (sqlite3.Error, OSError, JournalError) as error:
+            failure = JournalError(self._sentence(error))
+            # Closed, not kept: the file may be mended or replaced before the next attempt.
+            self._checked = self._checked and isinstance(error, sqlite3.OperationalError)
+            self._close()
+            return [(future, None, failure) for _, future in batch]
+        except Exception as error:  # noqa: BLE001 - a fault of one caller's work is his, with its traceback
+            self._close()
+            return [(future, None, error) for _, future in batch]
+        return answers
+
+    def _answer(self, answers: list[tuple[asyncio.Future[Any], Any, Exception | None]]) -> None:
+        def resolve() -> None:
+            for future, value, error in answers:
+                if future.done():  # its caller was cancelled; the work is committed all the same
+                    continue
+                if error is None:
+                    future.set_result(value)
+                else:
+                    future.set_exception(error)
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            answers[0][0].get_loop().call_soon_threadsafe(resolve)
+
+    def _open(self) -> sqlite3.Connection:
+        """The connection; opened anew where there is none or its file was moved away."""
+        if self._connection is not None:
+            try:
+                found = self.path.stat()
+            except FileNotFoundError:
+                found = None
+            if found is not None and (found.st_dev, found.st_ino) == self._inode:
+                return self._connection
+            # Going on would write to a file that no restart finds again.
+            self._close()
+        self._connection = open_journal(
+            self.path, self._busy_timeout, self._max_pages, check=not self._checked
+        )
+        self._checked = True
+        found = self.path.stat()
+        self._inode = (found.st_dev, found.st_ino)
+        return self._connection
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):  # a broken file may fail even here
+                self._connection.close()
+            self._connection = None
+
+    def _sentence(self, error: Exception) -> str:
+        return sentence(self.path, error)
+
+
+def sentence(path: Path, error: Exception) -> str:
+    """What is wrong with the journal and how to mend it."""
+    if isinstance(error, JournalError):
+        return str(error)
+    text = str(error)
+    remedy = "see whether its disk works"
+    if "full" in text:
+        remedy = "make room on its disk, or raise journal.max_bytes"
+    elif "readonly" in text or "Read-only" in text:
+        remedy = "make it and its directory writable"
+    elif "locked" in text:
+        remedy = "find who holds it open in a transaction (fuser)"
+    elif "malformed" in text or "not a database" in text:
+        remedy = "move it away, or put a copy in its place; a new one is made"
+    elif "unable to open" in text or isinstance(error, OSError):
+        remedy = "see that its directory exists and may be written"
+    return f"the journal {path} can't be used: {text}; {remedy}"
+
+
+def open_journal(
+    path: Path, busy_timeout: float, max_pages: int, *, check: bool
+) -> sqlite3.Connection:
+    """Open or make the file: WAL, synchronous=FULL, owner-only, ours, of this version and sound."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    connection = sqlite3.connect(
+        path, timeout=busy_timeout, isolation_level=None, check_same_thread=False
+    )
+    connection.row_factory = sqlite3.Row
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA max_page_count={max_pages}")
+        connection.execute("PRAGMA journal_size_limit=16777216")
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            _make(connection)
+        _inspect(connection, path, quick_check=check)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _make(connection: sqlite3.Connection) -> None:
+    """Make the tables, unless another process was first."""
+    connection.execute("BEGIN EXCLUSIVE")
+    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+        for statement in STATEMENTS:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={VERSION}")
+        connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+    connection.execute("COMMIT")
+
+
+def _inspect(connection: sqlite3.Connection, path: Path, *, quick_check: bool) -> None:
+    """Raise where the file isn't a journal of this version, or isn't sound."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    owner = connection.execute("PRAGMA application_id").fetchone()[0]
+    if owner != APPLICATION_ID or version != VERSION:
+        raise JournalError(
+            f"{path} is not a journal of this version of Upkeep; name another file by --journal"
+        )
+    if quick_check:
+        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(f"database disk image is malformed ({verdict})")

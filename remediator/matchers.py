@@ -1,0 +1,61 @@
+"""Matchers that map other people's alerts to fixes, written as Alertmanager writes them."""
+
+import json
+import re
+from collections.abc import Mapping
+
+import msgspec
+
+_MATCHER = re.compile(
+    r'\s*(?P<name>[a-zA-Z_][a-zA-Z0-9_]*)\s*(?P<operator>=~|!~|!=|=)\s*(?P<value>"(?:[^"\\]|\\.)*"|[^\s"]*)\s*'
+)
+
+
+class Matcher(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Alerts that match all of `match` ask for `fix`."""
+
+    fix: str
+    match: tuple[str, ...]
+    """Such as `alertname="HostZombies"` or `cluster=~"prod-.*"`; =, !=, =~, !~, whole values."""
+    labels: dict[str, str] = {}
+    """Which of the alert's labels names each part of the target: `{pod: kube_pod}`."""
+
+    def __post_init__(self) -> None:
+        """Bad matchers are refused where the configuration is read, with the line."""
+        if not self.match:
+            raise ValueError("a matcher without `match` would take every alert")
+        for text in self.match:
+            _parse(text)
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Whether an alert with these labels asks for `fix`. A missing label is an empty one."""
+        for text in self.match:
+            name, operator, value = _parse(text)
+            given = labels.get(name, "")
+            hit = re.fullmatch(value, given) is not None if "~" in operator else given == value
+            if hit != (operator[0] == "="):
+                return False
+        return True
+
+    def target_labels(self, labels: Mapping[str, str]) -> dict[str, str]:
+        """The labels under the names that Upkeep's own alerts have."""
+        renamed = {ours: labels[theirs] for ours, theirs in self.labels.items() if theirs in labels}
+        return {**labels, **renamed}
+
+
+def _parse(text: str) -> tuple[str, str, str]:
+    found = _MATCHER.fullmatch(text)
+    if found is None:
+        raise ValueError(f'{text!r} is not a matcher such as alertname="HostZombies"')
+    value = found["value"]
+    if value.startswith('"'):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(f"{text!r}: the quoted value can't be read") from None
+    if "~" in found["operator"]:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{text!r}: not a regular expression: {error}") from None
+    return found["name"], found["operator"], value

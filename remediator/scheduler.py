@@ -1,0 +1,101 @@
+"""Hands what is due in the journal to the worker, oldest first, a bounded number at a time.
+
+The journal is the queue: nothing is kept in memory that a restart would lose. It's asked when a
+webhook has committed something and once a second, which also finds what the command line changed.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from exporter.logs import get_logger
+from remediator.config import Config
+from remediator.journal import Journal, JournalError
+from remediator.worker import Worker
+
+log = get_logger("remediator.scheduler")
+
+_TICK = 1.0  # seconds
+_AT_ONCE = 32  # remediations of one fix that are checked or waited for at the same time
+_PRUNE_EVERY = 600.0  # seconds
+
+
+class Scheduler:
+    """Runs until stopped."""
+
+    def __init__(self, journal: Journal, worker: Worker, config: Callable[[], Config]) -> None:
+        self._journal = journal
+        self._worker = worker
+        self._config = config
+        self._tasks: dict[str, dict[str, asyncio.Task[None]]] = {name: {} for name in worker.fixes}
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._failing = ""
+
+    def wake(self) -> None:
+        """Something was committed: look now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Look and hand over until `stop`."""
+        loop = asyncio.get_running_loop()
+        prune_at = loop.time()
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                for fix in self._tasks:
+                    await self._start_due(fix)
+                if loop.time() >= prune_at:
+                    prune_at = loop.time() + _PRUNE_EVERY
+                    await self._prune()
+                if self._failing:
+                    log.info("the journal works again")
+                self._failing = ""
+            except JournalError as error:
+                if self._failing != str(error):
+                    log.error("nothing can be taken up", why=str(error))
+                self._failing = str(error)
+            except Exception:
+                log.exception("unexpected error")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), _TICK)
+
+    async def stop(self, grace: float) -> None:
+        """Take up nothing more; let what runs end within `grace` seconds, then have it undo."""
+        self._stopping = True
+        self.wake()
+        running = [task for tasks in self._tasks.values() for task in tasks.values()]
+        if not running:
+            return
+        log.info("waits for what is under way", count=len(running), seconds=grace)
+        _, left = await asyncio.wait(running, timeout=grace)
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left)
+
+    async def _start_due(self, fix: str) -> None:
+        tasks = self._tasks[fix]
+        room = _AT_ONCE - len(tasks)
+        if room <= 0:
+            return
+        for remediation in await self._journal.due(fix, _AT_ONCE + len(tasks)):
+            if remediation.id in tasks or self._stopping:
+                continue
+            if room == 0:
+                return
+            room -= 1
+            task = asyncio.create_task(self._worker.handle(remediation), name=remediation.id)
+            tasks[remediation.id] = task
+            task.add_done_callback(lambda done: self._done(fix, done))
+
+    def _done(self, fix: str, task: asyncio.Task[None]) -> None:
+        self._tasks[fix].pop(task.get_name(), None)
+        if len(self._tasks[fix]) == _AT_ONCE - 1:  # there was no room: what waits may begin
+            self.wake()
+
+    async def _prune(self) -> None:
+        bounds = self._config().journal
+        done = await self._journal.prune(max_age=bounds.max_age, max_records=bounds.max_records)
+        if done:
+            log.info("dropped old records", count=done)

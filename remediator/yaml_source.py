@@ -1,0 +1,132 @@
+"""YAML that remembers its lines, so that a bad option is named with the place to mend it."""
+
+import re
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+T = TypeVar("T")
+
+_MAX_BYTES = 1 << 20
+_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>(?:key in )?\$[^`]*)`)?$", re.DOTALL)
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+
+
+class ConfigError(Exception):
+    """An option can't be used; the sentence names file, line, option and remedy."""
+
+
+class Source:
+    """One YAML file as plain values, and the line of each."""
+
+    def __init__(self, text: str, name: str) -> None:
+        self.name = name
+        self._lines: dict[str, int] = {}
+        self._keys: dict[str, int] = {}
+        if len(text) > _MAX_BYTES:
+            raise ConfigError(f"{name} is larger than 1 MiB; that is no configuration")
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            self._seen: set[int] = set()
+            self.value: Any = {} if node is None else self._plain(node, "$")
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            raise ConfigError(
+                f"{name}:{line}: not YAML: {error.problem or error.context}"
+            ) from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{name}: not YAML: {error}") from None
+
+    def _plain(self, node: yaml.Node, path: str) -> Any:
+        self._lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.ScalarNode):
+            loader = yaml.SafeLoader("")
+            try:
+                value = loader.construct_object(node)
+            finally:
+                loader.dispose()
+            return str(value) if isinstance(value, datetime) else value
+        if id(node) in self._seen:
+            raise self.error(path, "an alias may not contain itself")
+        self._seen.add(id(node))
+        try:
+            if isinstance(node, yaml.SequenceNode):
+                return [self._plain(item, f"{path}[{i}]") for i, item in enumerate(node.value)]
+            return self._mapping(node, path)
+        finally:
+            self._seen.discard(id(node))
+
+    def _mapping(self, node: yaml.Node, path: str) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            line = key_node.start_mark.line + 1
+            if key is None or key_node.tag == "tag:yaml.org,2002:merge":
+                raise ConfigError(f"{self.name}:{line}: a key must be a plain word")
+            if key in result:
+                raise ConfigError(f"{self.name}:{line}: {key!r} is there twice; remove one")
+            below = f"{path}.{key}"
+            self._keys[below] = line
+            result[key] = self._plain(value_node, below)
+        return result
+
+    def line(self, path: str) -> int:
+        """The line of a value, or of the nearest thing that holds it."""
+        while path and path not in self._lines:
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
+        return self._keys.get(path, self._lines.get(path, 1))
+
+    def error(self, path: str, message: str) -> ConfigError:
+        """A `ConfigError` with file, line and the option's path."""
+        option = path.removeprefix("$").removeprefix(".")
+        where = f"{option}: " if option else ""
+        return ConfigError(f"{self.name}:{self.line(path)}: {where}{message}")
+
+    def convert(self, value: Any, type_: type[T], path: str, hook: Callable[..., Any]) -> T:
+        """`value`, found at `path`, as a strictly checked struct; `ConfigError` with its line."""
+        try:
+            return msgspec.convert(value, type_, dec_hook=hook)
+        except msgspec.ValidationError as error:
+            found = _PATH.match(str(error))
+            what = found["what"] if found else str(error)
+            below = (found and found["path"]) or "$"
+            full = path + below.removeprefix("key in ").removeprefix("$").split("[...]", 1)[0]
+            if unknown := _UNKNOWN.search(what):
+                known = sorted(_fields(type_, below))
+                hint = f"; known here: {', '.join(known)}" if known else ""
+                full, what = f"{full}.{unknown[1]}", f"no such option{hint}"
+                self._lines.setdefault(full, self._keys.get(full, self.line(full)))
+            raise self.error(full, what) from None
+
+
+def _fields(type_: Any, below: str) -> list[str]:
+    """The options of the struct at `below` under `type_`, for the hint; empty if it's unclear."""
+    for part in re.findall(r"\.([^.\[]+)|(\[)", below):
+        if part[0]:
+            field = next(
+                (f for f in msgspec.structs.fields(type_) if f.encode_name == part[0]), None
+            )
+            type_ = field.type if field else None
+        else:
+            type_ = next(iter(getattr(type_, "__args__", ())), None)
+        if type_ is None:
+            return []
+    if not (isinstance(type_, type) and issubclass(type_, msgspec.Struct)):
+        return []
+    return [field.encode_name for field in msgspec.structs.fields(type_)]
+
+
+def read_source(path: Path) -> Source:
+    """Read a YAML file; `ConfigError` where it can't be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from None
+    return Source(text, str(path))
