@@ -51,7 +51,8 @@ def _make_base(storage: Path, progress: Progress) -> None:
     tree = storage / "base.partial"
     shutil.rmtree(tree, ignore_errors=True)
     progress("making the base image with debootstrap (once; about a minute)")
-    mirrors = [s.uris[0] for s in machine_sources(Path("/etc/apt")) if s.is_debian(codename())]
+    parts = [s.debian_part(codename()) for s in machine_sources(Path("/etc/apt"))]
+    mirrors = [uri for part in parts if part is not None for uri in part.uris]
     packages = "--include=python3,python3-venv,ca-certificates"
     command = ["debootstrap", "--variant=minbase", packages, codename(), str(tree), *mirrors[:1]]
     _run(command)
