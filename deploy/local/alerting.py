@@ -69,8 +69,13 @@ def write_rules(directory: Path, timing: Timing) -> None:
         (directory / source.name).write_text(yaml.safe_dump(document, sort_keys=False))
 
 
-def prometheus_configuration(addresses: Addresses, timing: Timing) -> str:
-    """alerts/prometheus.yml for these addresses; the rules are looked for beside it."""
+def prometheus_configuration(
+    addresses: Addresses, timing: Timing, *, token_file: Path | None = None
+) -> str:
+    """alerts/prometheus.yml for these addresses; the rules are looked for beside it.
+
+    token_file: what the remediator's bearer token is read from; None sends no credentials.
+    """
     document = yaml.safe_load((ALERTS / "prometheus.yml").read_text())
     if timing.scrape is not None:
         document["global"]["scrape_interval"] = _duration(timing.scrape)
@@ -82,6 +87,8 @@ def prometheus_configuration(addresses: Addresses, timing: Timing) -> str:
     }
     for job in document["scrape_configs"]:
         job["static_configs"] = [{"targets": list(targets[job["job_name"]])}]
+        if token_file is not None and job["job_name"] == "upkeep-remediator":
+            job["authorization"] = {"credentials_file": str(token_file)}
         if timing.scrape is not None and "scrape_timeout" in job:
             # Prometheus refuses a timeout longer than the interval.
             limit = min(seconds(job["scrape_timeout"]), timing.scrape)

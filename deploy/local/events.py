@@ -22,9 +22,10 @@ class Event:
 class Events:
     """Compares what the stack shows with what it showed before."""
 
-    def __init__(self, prometheus: str, remediator: str) -> None:
+    def __init__(self, prometheus: str, remediator: str, token: str = "") -> None:
         self._prometheus = prometheus
         self._remediator = remediator
+        self._token = token
         self._firing: dict[tuple[tuple[str, str], ...], Alert] = {}
         self._records: dict[str, Remediation] = {}
 
@@ -44,7 +45,7 @@ class Events:
         self._firing = firing
 
     def _remediations(self) -> Iterator[Event]:
-        for record in reversed(remediations(self._remediator)):
+        for record in reversed(remediations(self._remediator, self._token)):
             before = self._records.get(record.id)
             self._records[record.id] = record
             if before is None or before.phase != record.phase:

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 
@@ -49,26 +50,29 @@ class Remediation:
     count: int
 
 
-def get_json(url: str) -> Any:
-    """The JSON that `url` answers; `UnreachableError` where it doesn't."""
-    try:
-        with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310 - our own http
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        text = error.read(2000).decode(errors="replace")
-        raise UnreachableError(f"{url} answered {error.code}: {text}") from None
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise UnreachableError(f"{url} gave no answer: {error}") from None
-
-
-def get_text(url: str) -> str:
+def get_text(url: str, token: str = "") -> str:
     """The text that `url` answers; `UnreachableError` where it doesn't."""
+    request = urllib.request.Request(url)  # noqa: S310 - our own http
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310 - our own http
+        with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310 - our own http
             text: str = response.read().decode()
             return text
-    except (urllib.error.URLError, OSError) as error:
+    except urllib.error.HTTPError as error:
+        said = error.read(2000).decode(errors="replace").strip()
+        raise UnreachableError(f"{url} answered {error.code}: {said}") from None
+    except (OSError, HTTPException) as error:
         raise UnreachableError(f"{url} gave no answer: {error}") from None
+
+
+def get_json(url: str, token: str = "") -> Any:
+    """The JSON that `url` answers; `UnreachableError` where it doesn't."""
+    text = get_text(url, token)
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise UnreachableError(f"{url} answered something else than JSON: {text[:200]}") from None
 
 
 def query(prometheus: str, expression: str) -> list[tuple[dict[str, str], float]]:
@@ -93,7 +97,7 @@ def alerts(prometheus: str) -> list[Alert]:
     ]
 
 
-def remediations(remediator: str, **filters: str) -> list[Remediation]:
+def remediations(remediator: str, token: str = "", **filters: str) -> list[Remediation]:
     """The remediator's records, newest first."""
     parameters = f"?{urllib.parse.urlencode(filters)}" if filters else ""
     return [
@@ -107,7 +111,7 @@ def remediations(remediator: str, **filters: str) -> list[Remediation]:
             steps=tuple(step["message"] for step in record.get("steps", ())),
             count=record["count"],
         )
-        for record in get_json(f"{remediator}/api/v1/remediations{parameters}")
+        for record in get_json(f"{remediator}/api/v1/remediations{parameters}", token)
     ]
 
 

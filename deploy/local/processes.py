@@ -6,10 +6,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from deploy.local.observe import UnreachableError, get_text
 
 _BOUND = Path(__file__).with_name("bound.py")
 _TAIL = 15  # lines of a log shown when its program failed
@@ -55,7 +55,7 @@ class Program:
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def wait_ready(self, url: str, *, within: float = 60.0) -> None:
+    def wait_ready(self, url: str, token: str = "", *, within: float = 60.0) -> None:
         """Ask `url` until it answers 200; `StartError` if the program ends or `within` s pass."""
         deadline = time.monotonic() + within
         answer = "no answer yet"
@@ -63,11 +63,11 @@ class Program:
             if not self.running:
                 raise StartError(self.last_words(f"ended with status {self._process.returncode}"))
             try:
-                with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 - our own http
-                    if response.status == 200:
-                        return
-            except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+                get_text(url, token)
+            except UnreachableError as error:
                 answer = str(error)
+            else:
+                return
             time.sleep(0.1)
         raise StartError(self.last_words(f"was not ready within {within:.0f} s ({answer})"))
 

@@ -45,11 +45,16 @@ def main() -> int:
 def settings(environ: Mapping[str, str]) -> Settings:
     """What to run here, by what this user may read and what ENFORCE says."""
     kubeconfig = find_kubeconfig(environ)
+    enforce = environ.get("ENFORCE") == "1"
     exporter = [f"--kubeconfig={kubeconfig}"] if kubeconfig else ["--no-collector.rollouts"]
+    remediator = [f"--kubeconfig={kubeconfig}"] if kubeconfig else []
+    if enforce:
+        remediator.append("--path.locks=/run/upkeep")  # shared with daemons of this machine
     return Settings(
         exporter=exporter,
-        remediator=[f"--kubeconfig={kubeconfig}"] if kubeconfig else [],
-        enforce=environ.get("ENFORCE") == "1",
+        remediator=remediator,
+        enforce=enforce,
+        guarded=False,  # a person looks at its page in a browser, and it listens on loopback
         ports=PORTS,
     )
 
@@ -78,7 +83,7 @@ def _watch(stack: Stack) -> int:
     for sentence in sentences(get_text(f"{stack.url('exporter')}/metrics"), rollouts_off=off):
         say(f"  {sentence}")
     say("\nwatching; one line for each event, Ctrl-C ends it")
-    events = Events(stack.url("prometheus"), stack.url("remediator"))
+    events = Events(stack.url("prometheus"), stack.url("remediator"), stack.token)
     while not (dead := stack.dead()):
         try:
             for event in events.new():

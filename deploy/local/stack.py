@@ -42,6 +42,8 @@ class Settings:
     timing: Timing = SHIPPED
     ports: Mapping[str, int] = field(default_factory=dict)
     """Wanted port of exporter, remediator, prometheus, alertmanager; another where it's taken."""
+    guarded: bool = True
+    """Whether the remediator asks for a bearer token, which a browser can't send."""
     people: str = ""
     """URL of a webhook that stands for the people; empty: their alerts go nowhere."""
     inside: Sequence[str] = ()
@@ -103,7 +105,9 @@ class Stack:
 
     @property
     def token(self) -> str:
-        """What authorises a webhook."""
+        """What authorises requests to the remediator; empty where it isn't guarded."""
+        if not self.settings.guarded:
+            return ""
         return (self.directory / "webhook.token").read_text().strip()
 
     def program(self, name: str) -> Program:
@@ -124,7 +128,8 @@ class Stack:
             environment=_environment(),
         )
         self._running[name] = program
-        program.wait_ready(f"{self.url(name)}/-/ready")
+        token = self.token if name == "remediator" else ""
+        program.wait_ready(f"{self.url(name)}/-/ready", token)
         return program
 
     def stop(self, name: str) -> None:
@@ -148,6 +153,7 @@ class Stack:
                     f"--web.listen-address={listen}",
                     f"--config.file={here / 'remediator.yml'}",
                     f"--journal={self.journal}",
+                    f"--path.locks={here / 'locks'}",
                     *([] if self.settings.enforce else ["--dry-run"]),
                     *self.settings.remediator,
                 ]
@@ -172,9 +178,16 @@ class Stack:
     def _write(self) -> None:
         """The files that the four read."""
         here, timing = self.directory, self.settings.timing
-        token_file = here / "webhook.token"
-        token_file.touch(mode=0o600)
-        token_file.write_text(secrets.token_urlsafe(32) + "\n")
+        configuration = dict(self.settings.remediator_config)
+        token_file = None
+        if self.settings.guarded:
+            token_file = here / "webhook.token"
+            token_file.touch(mode=0o600)
+            token_file.write_text(secrets.token_urlsafe(32) + "\n")
+            configuration["webhook"] = {
+                "bearer_token_file": str(token_file),
+                **configuration.get("webhook", {}),
+            }
         at = {name: f"{self.settings.address}:{port}" for name, port in self.ports.items()}
         addresses = Addresses(
             exporters=[at["exporter"]],
@@ -182,7 +195,9 @@ class Stack:
             alertmanagers=[at["alertmanager"]],
         )
         alerting.write_rules(here, timing)
-        (here / "prometheus.yml").write_text(alerting.prometheus_configuration(addresses, timing))
+        (here / "prometheus.yml").write_text(
+            alerting.prometheus_configuration(addresses, timing, token_file=token_file)
+        )
         (here / "alertmanager.yml").write_text(
             alerting.alertmanager_configuration(
                 f"{self.url('remediator')}/webhook",
@@ -191,10 +206,6 @@ class Stack:
                 people=self.settings.people,
             )
         )
-        configuration = {
-            "webhook": {"bearer_token_file": str(token_file)},
-            **self.settings.remediator_config,
-        }
         (here / "remediator.yml").write_text(yaml.safe_dump(configuration, sort_keys=False))
 
 
