@@ -96,7 +96,7 @@ class Processes:
     def first_process(self, container: ContainerRef) -> Identity | None:
         """The container's first process, where it is pid 1 of a namespace of its own."""
         for stat in self._stats.values():
-            if _is_shim(stat) and self._on_host(stat) and (first := self._first(stat, container)):
+            if self._is_real_shim(stat) and (first := self._first(stat, container)):
                 return Identity(first[0].pid, first[0].starttime)
         return None
 
@@ -130,16 +130,13 @@ class Processes:
             if above is None:
                 break
             chain.append(above)
-            if _is_shim(above) and self._on_host(above):
+            if self._is_real_shim(above):
                 return chain, chain[-2]
         return chain, None
 
-    def _on_host(self, stat: Stat) -> bool:
-        """A tenant may name his process like a shim; he can't put it into our pid namespace."""
-        try:
-            return len(self._procfs.status(stat.pid).namespace_pids) == 1
-        except ProcessGoneError:
-            return False
+    def _is_real_shim(self, stat: Stat) -> bool:
+        """A tenant may name his process like a shim; he can't take it out of his container."""
+        return _is_shim(stat) and self._member_of(stat) is None
 
     def _first(self, shim: Stat, container: ContainerRef) -> tuple[Stat, Status] | None:
         key = (shim.pid, container)
@@ -152,7 +149,7 @@ class Processes:
     def _first_of_pod(self, pod_uid: str) -> Identity | None:
         """Pid 1 of a namespace that containers of a pod share; None where they share the host's."""
         for shim in self._stats.values():
-            if _is_shim(shim) and self._on_host(shim):
+            if self._is_real_shim(shim):
                 for stat, _ in self._pid_ones(shim):
                     member = self._member_of(stat)
                     if member is not None and member.pod_uid == pod_uid:
