@@ -53,9 +53,17 @@ def _zombie_settings() -> type[msgspec.Struct]:
 
 
 def _zombies(settings: Any, edges: Edges) -> Fix:
+    from exporter.kubernetes import client
     from remediator.fixes.zombies import ReapZombies
+    from remediator.fixes.zombies.cluster_facts import ClusterFacts
 
-    return ReapZombies(settings, procfs=edges.procfs, rootfs=edges.rootfs, cgroupfs=edges.cgroupfs)
+    return ReapZombies(
+        settings,
+        procfs=edges.procfs,
+        rootfs=edges.rootfs,
+        cgroupfs=edges.cgroupfs,
+        facts=ClusterFacts(lambda: client(edges.kubeconfig)),
+    )
 
 
 def _rollout_settings() -> type[msgspec.Struct]:

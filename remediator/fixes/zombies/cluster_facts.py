@@ -63,7 +63,8 @@ class ClusterFacts:
                 return await _ask(client, namespace, pod, uid)
         except TimeoutError:
             return PodFacts(why_unknown=f"the API server did not answer within {_TIMEOUT:g} s")
-        except (ApiError, AccessError, OSError, msgspec.DecodeError) as error:
+        except (ApiError, AccessError, OSError, RuntimeError, msgspec.DecodeError) as error:
+            # RuntimeError: no thread can be started for a name to be resolved, in a pid famine.
             return PodFacts(why_unknown=str(error))
 
 
