@@ -78,7 +78,7 @@ def served_files(root: Root) -> tuple[ServedFile, ...]:
         ("listen-client-urls", "cert-file"),
         ("listen-peer-urls", "peer-cert-file"),
     ):
-        endpoint = _endpoint_of(etcd.get(urls, ""))
+        endpoint = endpoint_of(etcd.get(urls, ""))
         if endpoint and (path := etcd.get(file)):
             found.append(_served(root, "etcd", endpoint, path))
     if apiserver:
@@ -116,7 +116,7 @@ def _dialable(host: str) -> str:
     return host
 
 
-def _endpoint_of(urls: str) -> str:
+def endpoint_of(urls: str) -> str:
     """The first https URL of a list, one on loopback before others, as host:port."""
     found = []
     for url in urls.split(","):
@@ -147,13 +147,16 @@ def manifest_flags(root: Root, component: str) -> dict[str, str]:
     return flags
 
 
-def etcd_environment(root: Root) -> dict[str, str]:
-    """Kubespray's settings of a host etcd, by the names of the flags; empty where there is none."""
+def etcd_environment(root: Root, prefix: str = "ETCD_") -> dict[str, str]:
+    """Kubespray's settings of a host etcd, by the names of the flags; empty where there is none.
+
+    prefix: `ETCD_` for the server's, `ETCDCTL_` for a client's.
+    """
     flags = {}
     for line in _load_text(root, ETCD_ENVIRONMENT).splitlines():
         key, equals, value = line.strip().partition("=")
-        if equals and key.startswith("ETCD_"):
-            flags[key.removeprefix("ETCD_").lower().replace("_", "-")] = value.strip("\"' ")
+        if equals and key.startswith(prefix):
+            flags[key.removeprefix(prefix).lower().replace("_", "-")] = value.strip("\"' ")
     return flags
 
 

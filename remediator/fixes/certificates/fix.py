@@ -15,8 +15,9 @@ from exporter.logs import get_logger
 from remediator.fixes.certificates import commands
 from remediator.fixes.certificates.kubeadm import Kubeadm
 from remediator.fixes.certificates.layout import Layout, Pair, read_layout
-from remediator.fixes.certificates.preflight import Preflight, RefusedError
-from remediator.fixes.certificates.rotation import INTERRUPTED, Rotation, RotationPlan
+from remediator.fixes.certificates.plan import RefusedError, RotationPlan
+from remediator.fixes.certificates.preflight import Preflight
+from remediator.fixes.certificates.rotation import INTERRUPTED, Rotation
 from remediator.fixes.certificates.settings import Settings
 from remediator.model import CheckError, Condition, Outcome, Phase, Steps, Target
 
@@ -38,7 +39,6 @@ class RotateCertificates:
             "RolledBack",
             "RollbackFailed",
             "RestartFailed",
-            "NotServed",
             INTERRUPTED,
         ),
         Phase.SKIPPED: (CLEARED, *Preflight.reasons),
@@ -61,13 +61,14 @@ class RotateCertificates:
         self._clock = clock
         self.deadline = settings.deadline
         kubeadm = Kubeadm(self._root, run, path=settings.kubeadm, timeout=settings.kubeadm_timeout)
-        self._preflight = Preflight(settings, self._root, kubeadm, clock)
+        self._preflight = Preflight(
+            settings, root=self._root, kubeadm=kubeadm, clock=clock, node_name=node_name
+        )
         self._rotation = Rotation(
             settings,
             root=self._root,
             procfs=procfs,
             kubeadm=kubeadm,
-            run=run,
             clock=clock,
             node_name=node_name,
         )
@@ -87,7 +88,7 @@ class RotateCertificates:
         if not due:
             return self._not_due(layout, now)
         try:
-            plan = await self._preflight.plan(layout, due)
+            plan = await self._preflight.plan(layout, due, by_person=forced)
         except RefusedError as refused:
             return Condition(broken=False, reason=refused.reason, message=str(refused))
         first = min(due, key=lambda pair: pair.certificate.not_after)

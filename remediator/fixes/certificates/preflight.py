@@ -18,7 +18,13 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.utils import CryptographyDeprecationWarning
 
 from exporter.checks.certificates import DAY, Certificate, Root, is_due
+from exporter.checks.certificates.components import manifest_flags
+from exporter.kubernetes.access import AccessError
+from exporter.kubernetes.client import ApiError
+from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.backup import directory_problem, space_problem
+from remediator.fixes.certificates.cluster import fetch_configuration, refuse_unready_peers
+from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access, quorum_problem
 from remediator.fixes.certificates.kubeadm import (
     Kubeadm,
     KubeadmError,
@@ -26,20 +32,18 @@ from remediator.fixes.certificates.kubeadm import (
     find_configuration,
 )
 from remediator.fixes.certificates.layout import Layout, Pair, PairError, check_pair
-from remediator.fixes.certificates.rotation import RotationPlan, saved_configuration
+from remediator.fixes.certificates.lease import RotationLease
+from remediator.fixes.certificates.plan import (
+    RefusedError,
+    RotationPlan,
+    components_here,
+    saved_configuration,
+)
 from remediator.fixes.certificates.settings import Settings
 
 NEW_LIFE_DAYS = 365.0
 """What kubeadm gives a certificate unless its configuration says otherwise."""
 _CLOCK_TOLERANCE = 300.0  # seconds
-
-
-class RefusedError(Exception):
-    """Renewing now would not be safe, or would not help."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class Preflight:
@@ -57,25 +61,109 @@ class Preflight:
         "KubeadmFailed",
         "NoConfiguration",
         "BackupImpossible",
+        "ApiUnreachable",
+        "PeerNotReady",
+        "EtcdUnhealthy",
+        "AnotherRotating",
+        "AnotherFailed",
+        "RecoveryByPerson",
     )
 
     def __init__(
-        self, settings: Settings, root: Root, kubeadm: Kubeadm, clock: Callable[[], float]
+        self,
+        settings: Settings,
+        *,
+        root: Root,
+        kubeadm: Kubeadm,
+        clock: Callable[[], float],
+        node_name: str,
     ) -> None:
         self._settings = settings
         self._root = root
         self._kubeadm = kubeadm
         self._clock = clock
+        self._node = node_name
+        self._api = ApiServer(root)
+        self._lease = RotationLease(self._api, node_name, settings.deadline, clock)
 
-    async def plan(self, layout: Layout, due: Sequence[Pair]) -> RotationPlan:
+    async def plan(
+        self, layout: Layout, due: Sequence[Pair], *, by_person: bool = False
+    ) -> RotationPlan:
         """How to rotate. RefusedError where it must not be done."""
         await asyncio.to_thread(self._check_files, layout)
-        config = self._configuration(layout)
         try:
             await self._kubeadm.version()
         except KubeadmError as error:
             raise RefusedError(error.reason, str(error)) from None
-        return RotationPlan(layout=layout, due=tuple(p.name for p in due), config=config)
+        components = components_here(self._root)
+        recovery, fetched = False, ""
+        if "kube-apiserver" in components:
+            try:
+                fetched = await self._check_cluster(layout)
+            except (ApiError, AccessError) as error:
+                self._refuse_unless_expired(layout, str(error), by_person=by_person)
+                recovery = True
+        config = self._configuration(layout, fetched=bool(fetched))
+        return RotationPlan(
+            layout=layout,
+            due=tuple(p.name for p in due),
+            config=config,
+            fetched_config=fetched,
+            components=components,
+            recovery=recovery,
+        )
+
+    async def _check_cluster(self, layout: Layout) -> str:
+        """The cluster's kubeadm configuration, once it is seen to be fit. ApiError: no answer."""
+        await self._lease.check()
+        if self._settings.require_ready_peers:
+            await refuse_unready_peers(self._api, self._node)
+        access = find_access(self._root, layout.pki)
+        if access is not None:
+            try:
+                etcd = Etcd(self._root, access)
+                members = await etcd.members()
+                problem = quorum_problem(members, await etcd.unhealthy(members))
+                status = await etcd.status()
+            except EtcdError as error:
+                raise RefusedError("EtcdUnhealthy", str(error)) from None
+            if problem:
+                raise RefusedError("EtcdUnhealthy", problem)
+            size = int(status.get("dbSize") or 0)
+            self._check_space(size if self._settings.etcd_snapshot else 0)
+        return await fetch_configuration(self._api, self._root, self._node)
+
+    def _refuse_unless_expired(self, layout: Layout, why: str, *, by_person: bool) -> None:
+        """An API that's gone because certificates expired is what recovery is for; else refuse."""
+        now = self._clock()
+        expired = [p.name for p in layout.pairs if p.certificate.remaining(now) < 0]
+        if not expired:
+            raise RefusedError(
+                "ApiUnreachable",
+                f"{why}; no certificate has expired, so that has another cause: mend it first",
+            )
+        mode = self._settings.recovery
+        if by_person and mode != "never":
+            return
+        if mode == "single" and self._is_single():
+            return
+        raise RefusedError(
+            "RecoveryByPerson",
+            f"{', '.join(expired)} expired and the API is gone; on every control plane node, one "
+            "by one: upkeep-remediator run rotate-certificates",
+        )
+
+    def _is_single(self) -> bool:
+        """Whether etcd was made for one member only, which is all that can be known without it."""
+        flags = manifest_flags(self._root, "etcd")
+        cluster = flags.get("initial-cluster", "")
+        joined = flags.get("initial-cluster-state", "") == "existing"
+        return bool(cluster) and "," not in cluster and not joined
+
+    def _check_space(self, extra: int) -> None:
+        problem = space_problem(self._root, self._settings.backup_directory, extra)
+        if problem:
+            raise RefusedError("BackupImpossible", problem)
 
     def _check_files(self, layout: Layout) -> None:
         now = self._clock()
@@ -95,9 +183,9 @@ class Preflight:
                 "lower act_below_days",
             )
         directory = self._settings.backup_directory
-        problem = directory_problem(self._root, directory) or space_problem(self._root, directory)
-        if problem:
+        if problem := directory_problem(self._root, directory):
             raise RefusedError("BackupImpossible", problem)
+        self._check_space(0)
 
     def _check_pair(self, pair: Pair) -> None:
         try:
@@ -149,8 +237,10 @@ class Preflight:
         if public.public_bytes(*shape) != certificate.public_key().public_bytes(*shape):
             raise RefusedError("CAKeyMissing", f"{ca}.key is not the key of {ca}.crt")
 
-    def _configuration(self, layout: Layout) -> str:
+    def _configuration(self, layout: Layout, *, fetched: bool) -> str:
         saved = saved_configuration(self._settings)
+        if fetched and not self._settings.kubeadm_config:
+            return saved  # written from the cluster's own before it is used
         path = find_configuration(self._root, self._settings.kubeadm_config, saved)
         if not path:
             if layout.pki == "/etc/kubernetes/pki" and layout.etcd != "host":

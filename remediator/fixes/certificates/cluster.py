@@ -1,0 +1,65 @@
+"""What the rest of the cluster must be like for this node to rotate; asked, never changed."""
+
+from typing import Any
+
+import yaml
+
+from exporter.checks.certificates import Root
+from exporter.checks.certificates.components import manifest_flags
+from exporter.kubernetes.access import AccessError
+from exporter.kubernetes.client import ApiError
+from remediator.fixes.certificates.apiserver import ApiServer
+from remediator.fixes.certificates.plan import RefusedError
+
+_ROLES = ("node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master")
+_CONFIGURATION = "/api/v1/namespaces/kube-system/configmaps/kubeadm-config"
+
+
+async def refuse_unready_peers(api: ApiServer, node: str) -> None:
+    """RefusedError while another control plane node is not Ready. ApiError, AccessError."""
+    nodes = await api.get("/api/v1/nodes?limit=5000")
+    unready = [
+        item["metadata"]["name"]
+        for item in (nodes or {}).get("items", ())
+        if item["metadata"]["name"] != node
+        and any(role in (item["metadata"].get("labels") or {}) for role in _ROLES)
+        and not _is_ready(item)
+    ]
+    if unready:
+        raise RefusedError(
+            "PeerNotReady",
+            f"control plane nodes not Ready: {', '.join(unready)}; mend them first",
+        )
+
+
+def _is_ready(node: dict[str, Any]) -> bool:
+    conditions = (node.get("status") or {}).get("conditions") or ()
+    return any(c.get("type") == "Ready" and c.get("status") == "True" for c in conditions)
+
+
+async def fetch_configuration(api: ApiServer, root: Root, node: str) -> str:
+    """The cluster's kubeadm configuration, made fit for `kubeadm --config`; empty if it has none.
+
+    kubeadm looks up an address and a container runtime where the file names none, which fails on
+    odd machines and is of no use here: so it is told.
+    """
+    try:
+        found = await api.get(_CONFIGURATION)
+    except (ApiError, AccessError):
+        return ""
+    text = ((found or {}).get("data") or {}).get("ClusterConfiguration", "")
+    try:
+        version = yaml.safe_load(text)["apiVersion"]
+    except (yaml.YAMLError, TypeError, KeyError):
+        return ""
+    address = manifest_flags(root, "kube-apiserver").get("advertise-address", "")
+    init = {
+        "apiVersion": version,
+        "kind": "InitConfiguration",
+        "localAPIEndpoint": {"advertiseAddress": address or "192.0.2.1"},
+        "nodeRegistration": {
+            "name": node,
+            "criSocket": "unix:///run/containerd/containerd.sock",
+        },
+    }
+    return f"{text.rstrip()}\n---\n{yaml.safe_dump(init)}"

@@ -1,0 +1,244 @@
+"""etcd over its HTTP gateway: health, members, and a snapshot that is checked as it comes.
+
+No etcdctl is needed. A snapshot that broke off looks like a success, so its hash (the last 32 bytes
+of the stream), its size and its first page are looked at before it counts.
+"""
+
+import base64
+import hashlib
+import os
+import ssl
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from exporter.checks.certificates import Root
+from exporter.checks.certificates.components import (
+    endpoint_of,
+    etcd_environment,
+    manifest_flags,
+)
+
+_TIMEOUT = 10.0  # seconds for one answer
+_HASH_BYTES = 32
+_BOLT_MAGIC = (0xED0CDAED).to_bytes(4, "little")
+_PAGE_HEADER = 16
+
+
+class EtcdError(Exception):
+    """etcd did not answer as it should; the sentence says what was asked of whom."""
+
+
+class EtcdAccess(msgspec.Struct, frozen=True, kw_only=True):
+    """How this node's own etcd is reached. Paths are the host's."""
+
+    endpoint: str
+    """host:port of a client URL."""
+    ca: str
+    certificate: str
+    key: str
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the cluster's members."""
+
+    name: str
+    client_urls: tuple[str, ...]
+    is_learner: bool
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot that was checked."""
+
+    size: int
+    """Bytes, without the hash."""
+    sha256: str
+
+
+def find_access(root: Root, pki: str) -> EtcdAccess | None:
+    """How to reach the etcd that runs on this node; None where none does."""
+    flags = manifest_flags(root, "etcd")
+    if flags:
+        return EtcdAccess(
+            endpoint=endpoint_of(flags.get("listen-client-urls", "")),
+            ca=flags.get("trusted-ca-file", f"{pki}/etcd/ca.crt"),
+            certificate=f"{pki}/etcd/healthcheck-client.crt",
+            key=f"{pki}/etcd/healthcheck-client.key",
+        )
+    host = etcd_environment(root)
+    if not host:
+        return None
+    own = etcd_environment(root, prefix="ETCDCTL_")
+    return EtcdAccess(
+        endpoint=endpoint_of(host.get("listen-client-urls", "")),
+        ca=own.get("cacert") or own.get("ca-file") or host.get("trusted-ca-file", ""),
+        certificate=own.get("cert") or own.get("cert-file") or host.get("cert-file", ""),
+        key=own.get("key") or own.get("key-file") or host.get("key-file", ""),
+    )
+
+
+class Etcd:
+    """A client. It reads its certificate anew for each use: a renewal replaces it."""
+
+    def __init__(self, root: Root, access: EtcdAccess) -> None:
+        self._root = root
+        self._access = access
+
+    async def healthy(self, url: str = "") -> bool:
+        """Whether a member says it's healthy (it then has a leader). url: ours where empty."""
+        try:
+            async with self._session() as session, session.get(self._url(url, "/health")) as answer:
+                document = msgspec.json.decode(await answer.read())
+        except (aiohttp.ClientError, TimeoutError, OSError, EtcdError, msgspec.DecodeError):
+            return False
+        return isinstance(document, dict) and str(document.get("health")).lower() == "true"
+
+    async def members(self) -> tuple[Member, ...]:
+        """Every member, as the quorum knows it. EtcdError."""
+        document = await self._post("/v3/cluster/member/list")
+        found = tuple(
+            Member(
+                name=str(member.get("name", "")),
+                client_urls=tuple(member.get("clientURLs") or ()),
+                is_learner=bool(member.get("isLearner", False)),
+            )
+            for member in document.get("members") or ()
+        )
+        if not found:
+            raise EtcdError("etcd lists no members")
+        return found
+
+    async def unhealthy(self, members: Sequence[Member]) -> tuple[str, ...]:
+        """The names of those that are not healthy."""
+        return tuple(
+            [
+                member.name or "an unstarted member"
+                for member in members
+                if not any([await self.healthy(url) for url in member.client_urls])
+            ]
+        )
+
+    async def status(self) -> dict[str, Any]:
+        """This member's own account of itself: version, dbSize, leader … EtcdError."""
+        return await self._post("/v3/maintenance/status")
+
+    async def snapshot(self, target: Path) -> Snapshot:
+        """Write a snapshot to a new file (0600) and check it. EtcdError, OSError (a full disk)."""
+        status = await self.status()
+        digest = hashlib.sha256()
+        held = b""
+        size = 0
+        first = b""
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            async for blob in self._stream():
+                held += blob
+                data, held = held[:-_HASH_BYTES], held[-_HASH_BYTES:]
+                first = first or data[:64]
+                digest.update(data)
+                size += len(data)
+                file.write(data)
+            file.write(held)
+            file.flush()
+            os.fsync(file.fileno())
+        problem = snapshot_problem(
+            first, size, digest.digest(), held, int(status.get("dbSize") or 0)
+        )
+        if problem:
+            raise EtcdError(f"the snapshot of etcd is not whole: {problem}")
+        return Snapshot(size=size, sha256=digest.hexdigest())
+
+    async def _stream(self) -> AsyncIterator[bytes]:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=60)
+        url = self._url("", "/v3/maintenance/snapshot")
+        rest = b""
+        try:
+            async with (
+                self._session(timeout) as session,
+                session.post(url, data=b"{}") as answer,
+            ):
+                if answer.status != 200:
+                    raise EtcdError(f"{url} answered {answer.status}")
+                async for data in answer.content.iter_any():
+                    *lines, rest = (rest + data).split(b"\n")
+                    for line in lines:
+                        yield _blob(line)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EtcdError(f"{url} broke off ({type(error).__name__})") from None
+        if rest.strip():
+            yield _blob(rest)
+
+    async def _post(self, path: str) -> dict[str, Any]:
+        url = self._url("", path)
+        try:
+            async with self._session() as session, session.post(url, data=b"{}") as answer:
+                data = await answer.read()
+                if answer.status != 200:
+                    raise EtcdError(f"{url} answered {answer.status}")
+                document = msgspec.json.decode(data)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            why = str(error) or type(error).__name__
+            raise EtcdError(f"{url} can't be reached: {why}") from None
+        except msgspec.DecodeError:
+            raise EtcdError(f"{url} did not answer in JSON; is its gRPC gateway off?") from None
+        if not isinstance(document, dict):
+            raise EtcdError(f"{url} did not answer with an object")
+        return document
+
+    def _url(self, base: str, path: str) -> str:
+        return (base.rstrip("/") or f"https://{self._access.endpoint}") + path
+
+    def _session(self, timeout: aiohttp.ClientTimeout | None = None) -> aiohttp.ClientSession:
+        access = self._access
+        try:
+            tls = ssl.create_default_context(cafile=self._root.resolve(access.ca))
+            tls.verify_flags &= ~ssl.VERIFY_X509_STRICT  # older CAs lack extensions it demands
+            tls.load_cert_chain(
+                self._root.resolve(access.certificate), self._root.resolve(access.key)
+            )
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or type(error).__name__
+            raise EtcdError(f"{access.certificate} can't be used to reach etcd: {why}") from None
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=tls),
+            timeout=timeout or aiohttp.ClientTimeout(total=_TIMEOUT),
+        )
+
+
+def _blob(line: bytes) -> bytes:
+    try:
+        message = msgspec.json.decode(line)
+        if "error" in message:
+            raise EtcdError("etcd broke the snapshot off")
+        return base64.b64decode(message["result"].get("blob", ""))
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError, ValueError):
+        raise EtcdError("etcd sent what is no part of a snapshot") from None
+
+
+def snapshot_problem(
+    first: bytes, size: int, digest: bytes, trailer: bytes, database_size: int
+) -> str:
+    """Why a snapshot can't be trusted; empty where it can.
+
+    first: its first bytes; digest: of all but the trailer; database_size: what etcd said before.
+    """
+    if digest != trailer:
+        return "its hash does not match; it was cut short"
+    if size < database_size:
+        return f"{size} bytes of a database of {database_size}"
+    if first[_PAGE_HEADER : _PAGE_HEADER + 4] != _BOLT_MAGIC:
+        return "it does not begin as a database does"
+    return ""
+
+
+def quorum_problem(members: Sequence[Member], unhealthy: Sequence[str]) -> str:
+    """Why a member must not be restarted now, in a sentence; empty where it may be."""
+    if unhealthy:
+        return (
+            f"etcd members not healthy: {', '.join(unhealthy)} of {len(members)}; restarting one "
+            "more could cost the quorum"
+        )
+    return ""

@@ -1,0 +1,71 @@
+"""Whether a renewal came out whole, and putting back what did not."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from exporter.checks.certificates import Root
+from exporter.checks.certificates.layouts import PKI_DIRECTORIES
+from remediator.fixes.certificates.backup import Backup, BackupError, put_back
+from remediator.fixes.certificates.layout import Layout, PairError, check_pair, read_layout
+from remediator.model import CheckError, FixError, Steps
+
+
+class RenewalError(Exception):
+    """A renewal that did not come out whole."""
+
+
+def check_renewed(root: Root, before: Layout, now: float) -> Layout:
+    """The layout after a renewal that came out whole. RenewalError, CheckError where not."""
+    after = read_layout(root)
+    if missing := sorted(before.serials.keys() - after.serials.keys()):
+        raise RenewalError(f"gone after the renewal: {', '.join(missing)}")
+    for old in before.pairs:
+        new = next(pair for pair in after.pairs if pair.name == old.name)
+        if new.certificate.serial == old.certificate.serial:
+            raise RenewalError(f"{old.name} was not renewed")
+        if new.certificate.not_after <= max(old.certificate.not_after, now):
+            raise RenewalError(f"{old.name} does not live longer than before")
+    for pair in after.pairs:
+        try:
+            check_pair(root, pair)
+        except PairError as error:
+            raise RenewalError(str(error)) from None
+    return after
+
+
+def is_whole(root: Root, layout: Layout, old: Mapping[str, str], now: float) -> bool:
+    """Whether every certificate is another than the old one, alive, and fits its key."""
+    new = layout.serials
+    if new.keys() != old.keys() or any(new[name] == old[name] for name in old):
+        return False
+    if any(pair.certificate.remaining(now) <= 0 for pair in layout.pairs):
+        return False
+    try:
+        for pair in layout.pairs:
+            check_pair(root, pair)
+    except PairError:
+        return False
+    return True
+
+
+async def roll_back(root: Root, backup: Backup, steps: Steps) -> Layout:
+    """Put back every certificate, key and kubeconfig of kubeadm's; what there is then. FixError."""
+    paths = [path for path in backup.index.files if _is_kubeadms(path, backup.index.serials)]
+    async with steps.step("roll back", f"put back the files of {backup.directory.name}") as step:
+        try:
+            changed = await asyncio.to_thread(put_back, root, backup, paths)
+            layout = await asyncio.to_thread(read_layout, root)
+        except (BackupError, CheckError) as error:
+            raise FixError("RollbackFailed", str(error)) from None
+        if layout.serials != backup.index.serials:
+            raise FixError("RollbackFailed", "the files put back are not those of the backup")
+        step.result = f"{len(changed)} files put back"
+    return layout
+
+
+def _is_kubeadms(path: str, names: Mapping[str, str]) -> bool:
+    pure = Path(path)
+    if any(pure.is_relative_to(directory) for directory in PKI_DIRECTORIES):
+        return True
+    return str(pure.parent) == "/etc/kubernetes" and pure.name in names
