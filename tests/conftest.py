@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
+pytest_plugins = ["tests.cluster.fixtures"]
+
 _SEED = int(os.environ.get("UPKEEP_SEED") or random.SystemRandom().randrange(2**32))
 _SOAK = os.environ.get("UPKEEP_SOAK") == "1"
 _CI = os.environ.get("CI") == "true"

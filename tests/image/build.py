@@ -36,10 +36,17 @@ def build_image(archive: Path, *, progress: Progress = print_progress) -> Path:
         progress("building the image from the Dockerfile")
         bundle = ssl.get_default_verify_paths().cafile or "/etc/ssl/certs/ca-certificates.crt"
         certificates = Path(bundle).resolve().parent
+        pip = storage / "pip.conf"  # mounted, so that nothing of this machine stays in the image
+        pip.write_text(f"[global]\ncert = {bundle}\n")
         _buildah(
             storage,
             *("build", "--network", "host", "--build-arg", f"BASE={_BASE}", "--pull-never"),
-            *("--volume", f"{certificates}:{certificates}:ro", "--env", f"PIP_CERT={bundle}"),
+            *(
+                "--volume",
+                f"{certificates}:{certificates}:ro",
+                "--volume",
+                f"{pip}:/etc/pip.conf:ro",
+            ),
             *("--tag", IMAGE, "--file", str(ROOT / "Dockerfile"), str(ROOT)),
         )
         archive.unlink(missing_ok=True)
