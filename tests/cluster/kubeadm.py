@@ -264,7 +264,16 @@ def _wait_until_ready(cluster: KubeadmCluster, progress: Progress) -> None:
     def usable() -> bool:
         return "default" in cluster.kubectl("get", "serviceaccounts", check=False)
 
-    def mirrored() -> bool:
+    progress("waiting for the node, its control plane and the first service account")
+    cluster.wait("node Ready", ready)
+    cluster.wait("service account for pods", usable)
+    wait_for_control_plane(cluster)
+
+
+def wait_for_control_plane(cluster: KubeadmCluster) -> None:
+    """Until the API says of every static pod that it is Ready."""
+
+    def ready() -> bool:
         listed = cluster.kubectl(
             "get",
             "pods",
@@ -273,12 +282,9 @@ def _wait_until_ready(cluster: KubeadmCluster, progress: Progress) -> None:
             '--output=jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}',
             check=False,
         )
-        return listed.split() == ["True"] * len(COMPONENTS)
+        return listed.split() == ["True"] * len(COMPONENTS) * len(cluster.nodes)
 
-    progress("waiting for the node, its control plane and the first service account")
-    cluster.wait("node Ready", ready)
-    cluster.wait("service account for pods", usable)
-    cluster.wait("static pods Ready in the API", mirrored)
+    cluster.wait("static pods Ready in the API", ready)
 
 
 def wait(

@@ -21,8 +21,8 @@ _VOLUME_PLUGINS = "/var/lib/kubelet/volume-plugins"
 class Settings:
     """What a test may want otherwise."""
 
-    max_pods: int = 60
-    """Pods per node. A node has 253 addresses for them."""
+    max_pods: int = 20
+    """Pods per node: few, so that a test can fill it. A node has 253 addresses for them."""
     pod_pids_limit: int = -1
     """pids.max of every pod; -1: none."""
     control_plane_endpoint: str = ""
