@@ -6,11 +6,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from aiohttp import web
-
 from exporter import config, logs, report
 from exporter.collectors import COLLECTORS
 from exporter.server import Scraper, application
+from exporter.web import Listener, WebConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,25 +43,26 @@ async def _serve(settings: config.Config) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     collectors = {name: COLLECTORS[name](settings) for name in settings.collectors}
-    runner = web.AppRunner(application(Scraper(collectors), settings.collectors))
-    await runner.setup()
+    app = application(Scraper(collectors), settings.collectors)
+    listener = Listener(app, settings.listen, settings.web_config_file)
     host, port = settings.listen
     try:
-        site = web.TCPSite(runner, host or None, port)
-        await site.start()
+        await listener.start()
+    except WebConfigError as error:
+        log.error("the web configuration can't be used", why=str(error))
+        return 1
     except OSError as error:
         log.error(
             "can't listen; is another exporter running? choose another --web.listen-address",
             address=f"{host}:{port}",
             why=error.strerror or str(error),
         )
-        await runner.cleanup()
         return 1
     log.info("listening", address=f"{host}:{port}", collectors=",".join(settings.collectors))
     await stop.wait()
     log.info("stopping")
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(runner.cleanup(), 10)
+        await asyncio.wait_for(listener.aclose(), 10)
     return 0
 
 
