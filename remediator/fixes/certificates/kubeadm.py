@@ -103,7 +103,8 @@ def certificates_directory(root: Root, path: str) -> str:
         text = Path(root.resolve(path)).read_bytes()
         for document in yaml.load_all(text, Loader=yaml.BaseLoader):
             if isinstance(document, dict) and document.get("kind") == "ClusterConfiguration":
-                return str(PurePosixPath(str(document.get("certificatesDir") or "")))
+                named = str(document.get("certificatesDir") or "")
+                return str(PurePosixPath(named)) if named else ""
     except (OSError, yaml.YAMLError, ValueError):
         return ""
     return ""
