@@ -27,10 +27,10 @@ from typing import Any
 import yaml
 
 from deploy.local.cache import Progress, print_progress
-from deploy.local.debian import binary
+from deploy.local.debian import DebianError, binary
 from tests.cluster.api import Api, ApiError
 from tests.cluster.hollow import HollowNodes
-from tests.cluster.kubernetes_build import Binaries, kubernetes_binaries
+from tests.cluster.kubernetes_build import Binaries, BuildError, kubernetes_binaries
 from tests.cluster.pki import Pki, kubeadm_pki
 from tests.cluster.ports import reserved_ports
 from tests.cluster.processes import ClusterError, Component
@@ -202,9 +202,10 @@ def control_plane(
     with ExitStack() as stack:
         ports = Ports(*stack.enter_context(reserved_ports(Ports.count())))
         endpoint = f"127.0.0.1:{ports.apiserver}"
-        pki = kubeadm_pki(
-            directory / "rootfs", endpoint=endpoint, binaries=binaries or kubernetes_binaries()
-        )
+        programs = binaries or kubernetes_binaries(progress=progress)
+        etcd = binary("etcd", progress=progress)
+        progress(f"control plane {programs.version}: making its certificates with kubeadm")
+        pki = kubeadm_pki(directory / "rootfs", endpoint=endpoint, binaries=programs)
         for user in ("controller-manager", "scheduler"):  # kubeadm lets them use the node's address
             kubeconfig = pki.directory / f"{user}.conf"
             set_cluster = ["config", "set-cluster", "kubernetes", f"--server=https://{endpoint}"]
@@ -213,7 +214,6 @@ def control_plane(
                 check=True,
                 capture_output=True,
             )
-        etcd = binary("etcd", progress=progress)
         lines = commands(pki, ports, etcd=etcd, data=directory / "etcd")
         lines["kube-apiserver"] += apiserver_flags
         lines["kube-controller-manager"] += controller_manager_flags
@@ -231,6 +231,7 @@ def control_plane(
         plane = ControlPlane(directory, pki, ports, components)
         for component in components:  # ends in the reverse order
             stack.callback(component.stop, kill=True)
+            progress(f"control plane {programs.version}: starting {component.name}")
             component.launch()
             if component.name in {"etcd", "kube-apiserver"}:  # the others exit without them
                 component.wait_healthy(HEALTHY_SECONDS)
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str]) -> int:
             threading.Event().wait()
     except KeyboardInterrupt:
         print_progress("ended")
-    except ClusterError as error:
+    except (BuildError, ClusterError, DebianError) as error:
         print_progress(str(error))
         return 1
     finally:
