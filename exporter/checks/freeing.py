@@ -12,7 +12,7 @@ import msgspec
 
 from exporter.checks.objects import Node, Pod, ReplicaSet
 from exporter.checks.rollouts import Cause, Stuck
-from exporter.checks.scheduling import unjudgeable, why_not
+from exporter.checks.scheduling import over_quota, unjudgeable, why_not
 from exporter.checks.view import ClusterView
 
 _MOST_PICKS = 500  # picks of the ReplicaSet controller looked at for one plan
@@ -47,7 +47,7 @@ class Freeing(msgspec.Struct, frozen=True):
 
     takes: tuple[Take, ...]
     node: str
-    """Where the new pod then fits; one of several where any pick would do."""
+    """Where the new pod then fits; empty where that depends on which pods are picked."""
     available_before: int
     available_after: int
 
@@ -66,22 +66,45 @@ def plan_freeing(view: ClusterView, stuck: Stuck, limits: Limits, now: float) ->
     deployment = stuck.deployment
     if deployment.strategy != "RollingUpdate":
         return Refusal("Recreate", "its strategy is Recreate: there are no old pods left to free")
-    if not stuck.waiting:
-        if stuck.cause is Cause.QUOTA_EXCEEDED:
-            return Refusal("Quota", "what the quota would leave is not known", known=False)
+    pod = _new_pod(stuck)
+    if pod is None:
         return Refusal("NotForLackOfRoom", "its new pods have a node: room is not what they lack")
-    pod = stuck.waiting[0]
-    if reason := unjudgeable(view, pod):
+    if reason := _unjudgeable(view, stuck, pod):
         return Refusal("CannotBeKnown", f"pod {pod.name}: {reason}", known=False)
-    for node in view.nodes.values():
-        if why_not(view, pod, node) is None:
-            return Refusal(
-                "FitsNow",
-                f"pod {pod.name} would fit on {node.name} as it is: "
-                "either the scheduler is about to place it or something else keeps it off",
-                known=False,
-            )
+    if stuck.waiting or over_quota(view, pod) is None:
+        for node in view.nodes.values():
+            if why_not(view, pod, node) is None:
+                return Refusal(
+                    "FitsNow",
+                    f"pod {pod.name} would fit on {node.name} as it is: "
+                    "either it is about to be placed or something else keeps it off",
+                    known=False,
+                )
     return _Search(view, stuck, pod, limits, now).run()
+
+
+def _new_pod(stuck: Stuck) -> Pod | None:
+    """The pod to make room for: one that waits, or the one that a quota kept from being made."""
+    if stuck.waiting:
+        return stuck.waiting[0]
+    if stuck.cause is not Cause.QUOTA_EXCEEDED or stuck.newest.template is None:
+        return None
+    return Pod(
+        namespace=stuck.newest.namespace,
+        name=f"of {stuck.newest.name}",
+        uid="",
+        resource_version="",
+        labels=stuck.newest.template_labels,
+        shape=stuck.newest.template,
+    )
+
+
+def _unjudgeable(view: ClusterView, stuck: Stuck, pod: Pod) -> str:
+    if not stuck.waiting and any(
+        quota.scoped for quota in view.quotas.values() if quota.namespace == pod.namespace
+    ):
+        return "its namespace has a ResourceQuota with scopes"
+    return unjudgeable(view, pod)
 
 
 class _Search:
@@ -152,7 +175,9 @@ class _Search:
                 )
                 for (one, n), pick in zip(wanted, first, strict=True)
             )
-            return Freeing(takes, nodes[0] or "", self.available, self.available - lost)
+            places_left = {node for node in nodes if node}
+            node = places_left.pop() if len(places_left) == 1 else ""
+            return Freeing(takes, node, self.available, self.available - lost)
         return None
 
     def _picks(self, one: ReplicaSet, count: int, place: str) -> Iterator[tuple[Pod, ...]]:
@@ -187,19 +212,25 @@ class _Search:
     def _place(self, gone: frozenset[str]) -> str | None:
         """The node where the new pod fits once `gone` have left; None if there is none."""
         if gone not in self._fits:
-            self._fits[gone] = next(
-                (
-                    n.name
-                    for n in self._candidates(gone)
-                    if not why_not(self.view, self.pod, n, gone)
-                ),
-                None,
-            )
+            self._fits[gone] = None
+            if not self._over_quota(gone):
+                fitting = (n.name for n in self._candidates(gone) if not self._why_not(n, gone))
+                self._fits[gone] = next(fitting, None)
         return self._fits[gone]
+
+    def _why_not(self, node: Node, gone: frozenset[str]) -> str | None:
+        return why_not(self.view, self.pod, node, gone)
+
+    def _over_quota(self, gone: frozenset[str]) -> str | None:
+        if self.stuck.waiting:
+            return None  # it was let in already
+        leaving = (p for pods in self.old.values() for p in pods if p.uid in gone)
+        return over_quota(self.view, self.pod, leaving)
 
     def _candidates(self, gone: frozenset[str]) -> list[Node]:
         """Nodes for which `gone` may change the answer: anti-affinity can reach beyond a node."""
-        if self.pod.shape.repels or any(True for _ in self.view.repelling()):
+        anywhere = not self.stuck.waiting or self.pod.shape.repels or list(self.view.repelling())
+        if anywhere:
             return list(self.view.nodes.values())
         names = {p.node for pods in self.old.values() for p in pods if p.uid in gone}
         return [self.view.nodes[name] for name in sorted(names) if name in self.view.nodes]
@@ -246,6 +277,8 @@ class _Search:
             self.refusal = Refusal(code, message)
 
     def _nowhere(self, gone: frozenset[str]) -> str:
+        if quota := self._over_quota(gone):
+            return f"even with all {len(gone)} old pods gone the {quota} would be exceeded"
         reasons = [
             f"{node.name}: {why_not(self.view, self.pod, node, gone)}"
             for node in self._candidates(gone)[:3]

@@ -55,6 +55,8 @@ class PodShape(msgspec.Struct, frozen=True, weakref=True):
 
     requests: dict[str, int] = {}
     """Effective requests in the scheduler's units (`exporter.checks.quantity.amount`)."""
+    limits: dict[str, int] = {}
+    """The same of its limits, which quotas may count too."""
     host_ports: tuple[tuple[str, str, int], ...] = ()
     """(host IP, protocol, port)."""
     tolerations: tuple[Toleration, ...] = ()
@@ -231,8 +233,9 @@ class DisruptionBudget(msgspec.Struct, frozen=True):
 class Quota(msgspec.Struct, frozen=True):
     namespace: str
     name: str
-    hard: dict[str, str]
-    used: dict[str, str]
+    hard: dict[str, int]
+    """Limits in `amount`'s units, by the quota's own names: `pods`, `requests.cpu`, …"""
+    used: dict[str, int]
     scoped: bool = False
 
     @property

@@ -131,7 +131,9 @@ def _under_way(
             if pod.deletion is not None and pod.node and now < pod.deletion + TERMINATION_SLACK:
                 return Moving("Terminating", f"pod {pod.name} is still terminating")
     for pod in waiting:
-        if pod.nominated:
+        # Preemption goes on only while its victims end: a nomination alone may be a left-over.
+        victims = [p for p in view.pods_on(pod.nominated) if p.deletion is not None]
+        if any(now < (p.deletion or 0) + TERMINATION_SLACK for p in victims):
             return Moving(
                 "Nominated", f"the scheduler is making room for pod {pod.name} on {pod.nominated}"
             )

@@ -53,6 +53,8 @@ def why_not(
     (`nominated`) counts as taken.
     """
     shape = pod.shape
+    if pod.nominated:
+        gone |= {pod.uid}  # what is reserved for this very pod is not taken from it
     affected = gone and any(other.uid in gone for other in view.pods_on(node.name))
     room = view.room_without(node, gone) if affected else view.room(node)
     return (
@@ -160,3 +162,26 @@ def _repelled(view: ClusterView, pod: Pod, node: Node, gone: frozenset[str]) -> 
 def _domain(view: ClusterView, pod: Pod, term: PodTerm) -> str | None:
     node = view.nodes.get(pod.node or pod.nominated)
     return node.labels.get(term.topology_key) if node else None
+
+
+def over_quota(view: ClusterView, pod: Pod, gone: Iterable[Pod] = ()) -> str | None:
+    """Which ResourceQuota would refuse the pod once the pods `gone` have left; None if none."""
+    gone = list(gone)
+    for quota in view.quotas.values():
+        if quota.namespace != pod.namespace:
+            continue
+        for name, hard in quota.hard.items():
+            more = _counted(pod.shape, name)
+            freed = sum(_counted(one.shape, name) for one in gone)
+            if more and quota.used.get(name, 0) - freed + more > hard:
+                return f"quota {quota.name}: {name}"
+    return None
+
+
+def _counted(shape: PodShape, name: str) -> int:
+    """How much of a quota's resource `name` a pod uses."""
+    if name in {"pods", "count/pods"}:
+        return 1
+    if name.startswith("limits."):
+        return shape.limits.get(name.removeprefix("limits."), 0)
+    return shape.requests.get(name.removeprefix("requests."), 0)

@@ -118,6 +118,18 @@ class ClusterView:
         self.nodes.pop(key, None)
         self._rooms.pop(key, None)
 
+    def put_budget(self, budget: DisruptionBudget) -> None:
+        self.budgets[budget.key] = budget
+
+    def drop_budget(self, key: str) -> None:
+        self.budgets.pop(key, None)
+
+    def put_quota(self, quota: Quota) -> None:
+        self.quotas[quota.key] = quota
+
+    def drop_quota(self, key: str) -> None:
+        self.quotas.pop(key, None)
+
     # Reading.
 
     def suspects(self) -> list[Deployment]:

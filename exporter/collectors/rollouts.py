@@ -87,7 +87,7 @@ class RolloutsCollector:
             plan = plan_freeing(view, found, Limits(), now)
             if not isinstance(plan, Refusal):
                 unstickable.add_metric(name, 1)
-                said[deployment.key] = f"freeing old pods makes room on {plan.node}"
+                said[deployment.key] = "freeing old pods makes room"
             else:
                 said[deployment.key] = plan.message
                 if plan.known:

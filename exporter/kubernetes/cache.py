@@ -27,7 +27,7 @@ TOO_OLD = 120.0
 """Seconds without a sign of life after which a view is no longer worth a metric. A quiet watch
 brings a bookmark a minute."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0
-_MOST_EVENTS = 200  # applied under one lock before a waiting scrape gets its turn
+_VERSION_EVERY = 300.0
 
 
 class _Meta(msgspec.Struct, rename="camel"):
@@ -55,6 +55,7 @@ class Resource(Generic[T]):
         keys: Callable[[], set[str]],
         labels: str = "",
         optional: bool = False,
+        before: Kind[T] | None = None,
     ) -> None:
         self.kind = kind
         self.put = put
@@ -63,6 +64,15 @@ class Resource(Generic[T]):
         self.labels = labels
         self.optional = optional
         """Whether the view is useful without it, where it may not be read or isn't served."""
+        self.before = before
+        """The same in an older API version, for servers that don't serve the newer one."""
+
+    def fall_back(self) -> bool:
+        """Use the older API version from now on; False where there is none left to try."""
+        if self.before is None:
+            return False
+        self.kind, self.before = self.before, None
+        return True
 
 
 class Reflector(Generic[T]):
@@ -107,6 +117,8 @@ class Reflector(Generic[T]):
             except ApiError as error:
                 if error.status == 410:
                     self._version = ""
+                    continue
+                if error.status == 404 and self._resource.fall_back():
                     continue
                 self._note(str(error), absent=error.status in {403, 404})
                 if error.status in {403, 404}:
@@ -202,12 +214,27 @@ class Cache:
         self._client = client
         self.reflectors = [Reflector(client, one, self.lock, clock=clock) for one in resources]
         self._tasks: list[asyncio.Task[None]] = []
+        self._version_known = False
 
     async def start(self) -> None:
         """Begin; returns at once. The view is of use when `age()` is a number."""
         self._tasks = [
             asyncio.create_task(one.run(), name=f"watch {one.name}") for one in self.reflectors
         ]
+        self._tasks.append(asyncio.create_task(self._follow_version(), name="API version"))
+
+    async def _follow_version(self) -> None:
+        """Know the server's version, which an upgrade may change; ask anew every few minutes."""
+        while True:
+            try:
+                version = await self._client.version()
+            except (ApiError, AccessError):
+                await asyncio.sleep(_FIRST_PAUSE if not self._version_known else _LONGEST_PAUSE)
+                continue
+            with self.lock:
+                self.view.honours_deletion_cost = version >= (1, 22)
+            self._version_known = True
+            await asyncio.sleep(_VERSION_EVERY)
 
     async def aclose(self) -> None:
         for task in self._tasks:
@@ -223,6 +250,8 @@ class Cache:
             if not one.absent
         ]
         known = [age for age in ages if age is not None]
+        if not self._version_known:
+            return None
         return max(known, default=0.0) if len(known) == len(ages) else None
 
     def problem(self) -> str:
@@ -233,6 +262,8 @@ class Cache:
         for task in self._tasks:
             if task.done() and not task.cancelled() and (error := task.exception()):
                 return f"{task.get_name()} ended: {error!r}"
+        if not self._version_known:
+            return "the API server's version is not known yet"
         waiting = [
             one.name for one in self.reflectors if one.confirmed_at is None and not one.absent
         ]

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from exporter.checks import objects
-from exporter.checks.labels import LabelSelector, Requirement
+from exporter.checks.labels import LabelSelector
 from exporter.checks.quantity import amount
 
 T = TypeVar("T")
@@ -52,6 +52,7 @@ class _Meta(_Wire):
 
 class _Requests(_Wire):
     requests: dict[str, str] | None = None
+    limits: dict[str, str] | None = None
 
 
 class _Port(_Wire):
@@ -320,32 +321,32 @@ def _units(requests: dict[str, str] | None) -> dict[str, int]:
     return {name: amount(name, text) for name, text in (requests or {}).items()}
 
 
-def _container_units(container: _Container) -> dict[str, int]:
-    return _units(container.resources.requests if container.resources else None)
+def effective(spec: _PodSpec, which: str) -> dict[str, int]:
+    """What the scheduler reserves (`which` = requests) or a quota counts (limits too).
 
+    Containers and sidecars together, or the highest moment of the init containers; overhead on top.
+    """
 
-def effective_requests(spec: _PodSpec) -> dict[str, int]:
-    """What the scheduler reserves: containers and sidecars together, or the highest init moment."""
+    def units(resources: _Requests | None) -> dict[str, int]:
+        return _units(getattr(resources, which)) if resources else {}
+
     total: dict[str, int] = {}
     for container in spec.containers or ():
-        _add(total, _container_units(container))
+        _add(total, units(container.resources))
     sidecars: dict[str, int] = {}
     highest: dict[str, int] = {}
     for container in spec.init_containers or ():
-        units = _container_units(container)
+        own = units(container.resources)
+        moment = dict(sidecars)
+        _add(moment, own)
         if container.restart_policy == "Always":
-            _add(sidecars, units)
-            _add(total, units)
-            moment = dict(sidecars)
-        else:
-            moment = dict(sidecars)
-            _add(moment, units)
+            _add(sidecars, own)
+            _add(total, own)
         for resource, amount_then in moment.items():
             highest[resource] = max(highest.get(resource, 0), amount_then)
-    for resource, units_then in highest.items():
-        total[resource] = max(total.get(resource, 0), units_then)
-    if spec.resources is not None:  # pod-level requests (1.34) stand in for the sum
-        total.update(_units(spec.resources.requests))
+    for resource, amount_then in highest.items():
+        total[resource] = max(total.get(resource, 0), amount_then)
+    total.update(units(spec.resources))  # pod-level ones (1.34) stand in for the sum
     _add(total, _units(spec.overhead))
     return total
 
@@ -379,7 +380,8 @@ def _shape(spec: _PodSpec) -> objects.PodShape:
     containers = [*(spec.containers or ())]
     containers += [c for c in spec.init_containers or () if c.restart_policy == "Always"]
     shape = objects.PodShape(
-        requests=effective_requests(spec),
+        requests=effective(spec, "requests"),
+        limits=effective(spec, "limits"),
         host_ports=tuple(
             (port.host_ip, port.protocol, port.host_port)
             for container in containers
@@ -513,12 +515,20 @@ def _budget(wire: _Budget) -> objects.DisruptionBudget:
     )
 
 
+def _quota_units(amounts: dict[str, str] | None) -> dict[str, int]:
+    """`requests.cpu` and `limits.cpu` are counted in millicores as `cpu` is."""
+    return {
+        name: amount(name.removeprefix("requests.").removeprefix("limits."), text)
+        for name, text in (amounts or {}).items()
+    }
+
+
 def _quota(wire: _Quota) -> objects.Quota:
     return objects.Quota(
         namespace=wire.metadata.namespace,
         name=wire.metadata.name,
-        hard=wire.status.hard or {},
-        used=wire.status.used or {},
+        hard=_quota_units(wire.status.hard),
+        used=_quota_units(wire.status.used),
         scoped=bool(wire.spec.scopes) or wire.spec.scope_selector is not None,
     )
 
@@ -556,12 +566,15 @@ class Kind(Generic[T]):
     def path(self, namespace: str = "", name: str = "") -> str:
         """The URL path of one object, a namespace's, or (both empty) all of them."""
         scope = f"/namespaces/{namespace}" if namespace else ""
-        return f"/{self.prefix}{scope}/{self.resource}" + (f"/{name}" if name else "")
+        resource, _, part = self.resource.partition("/")
+        end = f"/{name}" + (f"/{part}" if part else "") if name else ""
+        return f"/{self.prefix}{scope}/{resource}{end}"
 
 
 _RUNNING = "status.phase!=Succeeded,status.phase!=Failed"
 
 PODS: Kind[objects.Pod] = Kind("pods", "api/v1", _Pod, _pod, _RUNNING)
+POD_STATUSES: Kind[objects.Pod] = Kind("pods/status", "api/v1", _Pod, _pod)
 NODES: Kind[objects.Node] = Kind("nodes", "api/v1", _Node, _node)
 REPLICA_SETS: Kind[objects.ReplicaSet] = Kind(
     "replicasets", "apis/apps/v1", _ReplicaSet, _replica_set
@@ -579,4 +592,4 @@ QUOTAS: Kind[objects.Quota] = Kind("resourcequotas", "api/v1", _Quota, _quota)
 SCALE_UPS: Kind[ScaleUp] = Kind("events", "api/v1", _Event, _scale_up, "reason=TriggeredScaleUp")
 NAMESPACES: Kind[Namespace] = Kind("namespaces", "api/v1", _Named, _namespace)
 
-__all__ = ["Kind", "Namespace", "Requirement", "ScaleUp", "effective_requests"]
+__all__ = ["Kind", "Namespace", "ScaleUp", "effective"]

@@ -41,6 +41,14 @@ def watched(view: ClusterView, selector: str) -> list[Resource[Any]]:
         ),
         Resource(decode.PODS, view.put_pod, view.drop_pod, keys=lambda: set(view.pods)),
         Resource(
+            decode.BUDGETS,
+            view.put_budget,
+            view.drop_budget,
+            keys=lambda: set(view.budgets),
+            before=decode.BUDGETS_BEFORE_1_21,
+        ),
+        Resource(decode.QUOTAS, view.put_quota, view.drop_quota, keys=lambda: set(view.quotas)),
+        Resource(
             decode.SCALE_UPS,
             put_scale_up,
             drop_scale_up,

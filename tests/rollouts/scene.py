@@ -202,6 +202,15 @@ class Scene:
             if "deletionTimestamp" not in pod["metadata"]
         )
 
+    def state(self, name: str) -> str:
+        """All there is to know of it, for a failing assertion."""
+        sets = {k: (v["spec"]["replicas"], v["status"]) for k, v in self.sets(name).items()}
+        pods = {
+            p["metadata"]["name"]: (p["spec"].get("nodeName"), p["metadata"], p["status"])
+            for p in self.pods(name)
+        }
+        return json.dumps([self.get(name)["status"], sets, pods], indent=1)
+
     def wait_stuck(self, name: str) -> str:
         """Wait until a pod of it is Unschedulable and nothing terminates; the scheduler's words."""
 

@@ -7,6 +7,7 @@ available again. Every write names the uid and resourceVersion it was decided on
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ import msgspec
 from exporter.checks.freeing import Freeing
 from exporter.checks.objects import DELETION_COST, Pod, ReplicaSet
 from exporter.checks.rollouts import Stuck
+from exporter.checks.scheduling import why_not
 from exporter.kubernetes import ApiError, Client, decode
 from remediator.fixes.rollouts.look import Look, look
 from remediator.fixes.rollouts.mark import Mark, annotation, mark_of
@@ -28,7 +30,9 @@ _HOPELESS = frozenset(
     {"ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"}
 )
 _HOPELESS_AFTER = 30.0  # seconds in such a state; a registry may just hiccup
-_NO_ROOM_AFTER = 20.0  # seconds the scheduler gets to use the room before it counts as taken
+_MARK_TIMEOUT = 90.0  # seconds to get past conflicts and an API server that restarts
+_NUDGE_EVERY = 3.0  # seconds between two nudges of a ReplicaSet controller that backs off
+_NO_ROOM_AFTER = 20.0  # seconds the scheduler gets to use the room before anybody looks who did
 
 
 class Taken(msgspec.Struct, frozen=True):
@@ -54,6 +58,8 @@ class Open(msgspec.Struct, frozen=True):
     come_up: tuple[str, ...]
     """uids of its pods that were available before"""
     taken: tuple[Taken, ...]
+    nodes: tuple[str, ...]
+    """Where its pods were: the room to give back in an undo."""
 
 
 class GaveUpError(Exception):
@@ -101,14 +107,15 @@ class Act:
 
     async def mark(self, deployment: str, newest: str, change: Callable[[Mark], Mark]) -> bool:
         """Rewrite the mark by compare-and-swap; False where another executor holds it."""
-        for _ in range(10):
-            found = await self.seen(deployment, newest, whole=False)
-            replica_set = newest_of(found)
-            assert replica_set is not None  # noqa: S101 - seen() made sure
-            mark = mark_of(replica_set)
-            if mark.holder not in {"", self.holder} and mark.until > self.now():
-                return False
+        ends = time.monotonic() + _MARK_TIMEOUT
+        while True:
             try:
+                found = await self.seen(deployment, newest, whole=False)
+                replica_set = newest_of(found)
+                assert replica_set is not None  # noqa: S101 - seen() made sure
+                mark = mark_of(replica_set)
+                if mark.holder not in {"", self.holder} and mark.until > self.now():
+                    return False
                 await self.api.patch(
                     decode.REPLICA_SETS,
                     replica_set.namespace,
@@ -118,12 +125,11 @@ class Act:
                     change=annotation(change(mark)),
                 )
             except ApiError as error:
-                if error.status != 409 and not error.temporary:
+                if time.monotonic() > ends or (error.status != 409 and not error.temporary):
                     raise
                 await self.sleep(self.settings.poll)
                 continue
             return True
-        raise GaveUpError("Conflict", "the newest ReplicaSet is changed by others all the time")
 
     async def claim(self, deployment: str, newest: str) -> bool:
         """Take or renew the claim; False where another executor has it."""
@@ -167,10 +173,13 @@ class Act:
                 )
                 for take in plan.takes
             ),
+            nodes=tuple(sorted({pod.node for take in plan.takes for pod in take.pods})),
         )
         data = msgspec.to_builtins(begun)
         async with self.steps.step("free", sentence(plan), **data) as step:
             self.open = begun
+            if plan.node and stuck.waiting:
+                await self.reserve(stuck.waiting[0], plan.node)
             for take in plan.takes:
                 if take.steered:
                     await self._steer(take.pods)
@@ -202,6 +211,22 @@ class Act:
                 raise GaveUpError("ApiRefused", str(error)) from None
             # The answer was lost, perhaps not the write: waiting and the undo look at what is.
 
+    async def reserve(self, pod: Pod, node: str | None) -> None:
+        """Have the scheduler keep room on `node` for this waiting pod; None ends that.
+
+        `nominatedNodeName` is what preemption itself sets: pods of the same or a lower priority
+        are then not placed into that room. Where it may not be set, the room is open to others.
+        """
+        with contextlib.suppress(ApiError):
+            await self.api.patch(
+                decode.POD_STATUSES,
+                pod.namespace,
+                pod.name,
+                uid=pod.uid,
+                resource_version=pod.resource_version,
+                change={"status": {"nominatedNodeName": node}},
+            )
+
     async def _steer(self, pods: tuple[Pod, ...]) -> None:
         """Make the ReplicaSet controller choose these pods (Kubernetes 1.22 and newer)."""
         for pod in pods:
@@ -227,7 +252,7 @@ class Act:
         settings = self.settings
         ends = time.monotonic() + settings.come_up_timeout
         ready_from: dict[tuple[str, int], float] = {}
-        hopeless_from = unplaced_from = 0.0
+        hopeless_from = unplaced_from = nudged_at = 0.0
         why = "it was not seen yet"
         while time.monotonic() < ends:
             try:
@@ -257,16 +282,33 @@ class Act:
                     "NewPodDoesNotStart",
                     f"the new pod {hopeless[0].name} can't start: {hopeless[0].waiting}",
                 )
-            unplaced = isinstance(found.stuck, Stuck) and not any(p.node for p in pods)
+            if not pods and clock - nudged_at >= _NUDGE_EVERY:
+                # After a refusal by quota the ReplicaSet controller backs off for minutes; an
+                # update of its ReplicaSet (here: the renewed claim) makes it try again at once.
+                nudged_at = clock
+                with contextlib.suppress(ApiError):
+                    await self.claim(begun.deployment, begun.newest)
+            leaving = any(p.deletion for p in found.view.pods.values() if p.node)
+            unplaced = not leaving and not any(p.node for p in pods)
             unplaced_from = (unplaced_from or clock) if unplaced else 0.0
             if unplaced and clock - unplaced_from >= _NO_ROOM_AFTER:
-                raise GaveUpError("RoomTaken", "the freed room was taken by another pod")
+                await self._still_has_room(begun)
+                unplaced_from = clock
             why = _state_of(pods)
             await self.sleep(settings.poll)
         raise GaveUpError(
             "NewPodNotAvailable",
             f"no new pod became available within {settings.come_up_timeout:g} s: {why}",
         )
+
+    async def _still_has_room(self, begun: Open) -> None:
+        """`GaveUpError` where the new pod no longer fits; a slow scheduler gets more time."""
+        with contextlib.suppress(ApiError):
+            found = await self.seen(begun.deployment, begun.newest, whole=True)
+            for pod in _newest_pods(found):
+                nodes = found.view.nodes.values()
+                if pod.unschedulable and all(why_not(found.view, pod, node) for node in nodes):
+                    raise GaveUpError("RoomTaken", "the freed room was taken by another pod")
 
     # Undo
 
@@ -312,9 +354,16 @@ class Act:
             available = sum(p.available(self.now(), found.deployment.min_ready) for p in pods)
             if available < min(taken.available, taken.before):
                 missing.append(f"{available} of {taken.available} pods of {old.name} available")
-                if any(p.unschedulable for p in pods) and newest is not None:
+                waiting = [p for p in pods if p.unschedulable and not p.deletion]
+                if waiting and newest is not None:
+                    for pod, node in zip(waiting, begun.nodes, strict=False):
+                        if pod.nominated != node:
+                            await self.reserve(pod, node)
                     await self._clear_way(found, newest)
         if not missing and newest is not None and newest.uid == begun.newest:
+            for pod in found.view.pods_of(newest):
+                if pod.nominated and not pod.node:
+                    await self.reserve(pod, None)
             await self._drop_surplus(newest, begun)
         return "; ".join(missing)
 
@@ -329,8 +378,10 @@ class Act:
         )
 
     async def _clear_way(self, found: Look, newest: ReplicaSet) -> None:
-        """Remove new pods that hold room without serving, so that the old ones get it back."""
+        """Take room from new pods that don't serve, so that the old ones get it back."""
         for pod in found.view.pods_of(newest):
+            if pod.nominated and not pod.node:
+                await self.reserve(pod, None)
             if pod.node and pod.deletion is None and pod.ready_since is None:
                 await self.api.delete(
                     decode.PODS,
@@ -375,13 +426,14 @@ def _state_of(pods: list[Pod]) -> str:
 def sentence(plan: Freeing) -> str:
     """What a plan would do, for people."""
     parts = [
-        f"scale ReplicaSet {take.replica_set.name} from {take.before} to {take.after}"
+        f"Scale ReplicaSet {take.replica_set.name} from {take.before} to {take.after}"
         for take in plan.takes
     ]
+    where = f" on {plan.node}" if plan.node else ""
     return (
-        f"{' and '.join(parts)}, which makes room for a new pod on {plan.node} "
+        f"{' and '.join(parts)}, which makes room for a new pod{where} "
         f"({plan.available_before} pods available, then at least {plan.available_after})"
-    ).capitalize()
+    )
 
 
 async def shielded(work: Coroutine[Any, Any, T]) -> T:

@@ -45,7 +45,9 @@ async def look(api: Client, target: Target, now: float, *, whole: bool) -> Look 
         for node in await api.list(decode.NODES):
             view.put_node(node)
         for budget in await _budgets(api, space):
-            view.budgets[budget.key] = budget
+            view.put_budget(budget)
+        for quota in await api.list(decode.QUOTAS, space):
+            view.put_quota(quota)
         for pod in await api.list(decode.PODS):
             view.put_pod(pod)
         await _scale_ups(api, view, space)

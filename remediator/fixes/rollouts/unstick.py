@@ -29,7 +29,6 @@ _SKIPPED = (
     "ScaleUpTriggered",
     "BelowActLimit",
     "Recreate",
-    "Quota",
     "NotForLackOfRoom",
     "CannotBeKnown",
     "FitsNow",
@@ -50,7 +49,6 @@ _FAILED = (
     "NewPodNotAvailable",
     "RoomTaken",
     "ChangedMeanwhile",
-    "Conflict",
     "ApiRefused",
     "ApiUnavailable",
     "Interrupted",
@@ -233,27 +231,41 @@ class UnstickRollout:
         """Free, wait, and again, until the rollout is complete or can't go on."""
         ends = time.monotonic() + self._settings.come_up_timeout
         while True:
-            found = await act.seen(deployment, newest, whole=True)
-            stuck = found.stuck
-            why = stuck.message
-            if isinstance(stuck, Moving):
-                if found.deployment.complete:
-                    return await self._done(act, found)
-                if stuck.code in {"Paused", "NoNewestReplicaSet"}:
-                    raise GaveUpError(stuck.code, why)
-            else:
-                plan = self._plan(found, stuck)
-                if isinstance(plan, Freeing):
-                    await act.claim(deployment, newest)
-                    await act.free(found, stuck, plan)
-                    ends = time.monotonic() + self._settings.come_up_timeout
-                    continue
-                why = plan.message
-                if not act.freed and plan.code != "FitsNow":
-                    raise GaveUpError(plan.code, why)
-            if time.monotonic() >= ends:
+            try:
+                found = await act.seen(deployment, newest, whole=False)
+                if isinstance(found.stuck, Stuck):  # only then is all of the cluster worth reading
+                    found = await act.seen(deployment, newest, whole=True)
+            except ApiError as error:
+                if not error.temporary or time.monotonic() >= ends:
+                    raise
+                await self._sleep(self._settings.poll)
+                continue
+            if isinstance(found.stuck, Moving) and found.deployment.complete:
+                return await self._done(act, found)
+            why = await self._next(act, found)
+            if not why:
+                ends = time.monotonic() + self._settings.come_up_timeout
+            elif time.monotonic() >= ends:
                 raise GaveUpError("StillStuck", f"the rollout doesn't go on: {why}")
-            await self._sleep(self._settings.poll)
+            else:
+                await self._sleep(self._settings.poll)
+
+    async def _next(self, act: Act, found: Look) -> str:
+        """Take one step if there is one to take; else what the rollout waits for."""
+        stuck = found.stuck
+        if isinstance(stuck, Moving):
+            if stuck.code in {"Paused", "NoNewestReplicaSet"}:
+                raise GaveUpError(stuck.code, stuck.message)
+            return stuck.message
+        plan = self._plan(found, stuck)
+        if isinstance(plan, Refusal):
+            if not act.freed and plan.code != "FitsNow":
+                raise GaveUpError(plan.code, plan.message)
+            return plan.message
+        if not await act.claim(stuck.deployment.uid, stuck.newest.uid):
+            raise GaveUpError("AlreadyActing", "another executor took over this Deployment")
+        await act.free(found, stuck, plan)
+        return ""
 
     async def _done(self, act: Act, found: Look) -> Outcome:
         if self._settings.delete_old_replica_sets:
