@@ -20,7 +20,7 @@ from types import FrameType
 from deploy.local.debian import DebianError
 from deploy.local.events import Events
 from deploy.local.node_stack import MIN_AGE, PATIENCE, node_settings
-from deploy.local.observe import UnreachableError
+from deploy.local.observe import UnreachableError, remediation
 from deploy.local.processes import StartError
 from deploy.local.screen import Screen
 from deploy.local.stack import Stack
@@ -95,7 +95,7 @@ def _demo(folder: Path, progress: Callable[[str], None]) -> int:
         certificates.broken = time.monotonic()
         courses = [certificates, zombies, rollout]
         healed = _watch(stack, courses)
-        _tell(courses)
+        _tell(stack, courses)
         seen = [
             _certificates_healed(cluster),
             _zombies_healed(pod),
@@ -140,12 +140,13 @@ def _picture(courses: Sequence[Course]) -> list[str]:
     return ["", *table([course.row(now) for course in courses]), "", *said]
 
 
-def _tell(courses: Sequence[Course]) -> None:
+def _tell(stack: Stack, courses: Sequence[Course]) -> None:
     print("\nWhat was done:")
     for course in courses:
         print(f"\n  {course.condition} ({course.fix}): {course.what}")
-        for step in course.steps:
-            print(f"    - {step}")
+        if course.record:
+            for step in remediation(stack.url("remediator"), course.record, stack.token).steps:
+                print(f"    - {step}")
         print(f"    = {course.decision}")
 
 

@@ -16,7 +16,9 @@ class Event:
     kind: str
     """firing, resolved, or the phase of a remediation."""
     text: str
-    subject: Alert | Remediation
+    alerts: tuple[Alert, ...] = ()
+    """The alerts of one name that fire or are over since the last look."""
+    record: Remediation | None = None
 
 
 class Events:
@@ -36,21 +38,23 @@ class Events:
 
     def _alerts(self) -> Iterator[Event]:
         firing = {a.labels: a for a in alerts(self._prometheus) if a.state == "firing"}
-        for labels, alert in firing.items():
-            if labels not in self._firing:
-                yield Event("firing", f"{alert.name}: {alert.summary}", alert)
-        for labels, alert in self._firing.items():
-            if labels not in firing:
-                yield Event("resolved", f"{alert.name}: {alert.summary}", alert)
+        begun = [alert for labels, alert in firing.items() if labels not in self._firing]
+        over = [alert for labels, alert in self._firing.items() if labels not in firing]
         self._firing = firing
+        for kind, changed in (("firing", begun), ("resolved", over)):
+            for name in dict.fromkeys(alert.name for alert in changed):
+                same = tuple(alert for alert in changed if alert.name == name)
+                more = f" (and {len(same) - 1} more)" if len(same) > 1 else ""
+                yield Event(kind, f"{name}: {same[0].summary}{more}", alerts=same)
 
     def _remediations(self) -> Iterator[Event]:
         for record in reversed(remediations(self._remediator, self._token)):
             before = self._records.get(record.id)
             self._records[record.id] = record
+            what = f"{record.fix} on {record.target}"
             if before is None or before.phase != record.phase:
-                text = f"{record.fix} on {record.target}: {record.reason}. {record.message}"
-                yield Event(record.phase, text, record)
+                why = ": ".join(word for word in (record.reason, record.message) if word)
+                yield Event(record.phase, f"{what}. {why}".rstrip(". "), record=record)
             elif before.count != record.count:
-                text = f"{record.fix} on {record.target}: {record.reason}, {record.count} times now"
-                yield Event(record.phase, text, record)
+                again = f"{what}. {record.reason}, {record.count} times now"
+                yield Event(record.phase, again, record=record)

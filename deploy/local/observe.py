@@ -46,7 +46,7 @@ class Remediation:
     reason: str
     message: str
     steps: tuple[str, ...]
-    """What each step did, oldest first."""
+    """What each step did and how it came out, oldest first; empty in a list of records."""
     count: int
 
 
@@ -101,18 +101,31 @@ def remediations(remediator: str, token: str = "", **filters: str) -> list[Remed
     """The remediator's records, newest first."""
     parameters = f"?{urllib.parse.urlencode(filters)}" if filters else ""
     return [
-        Remediation(
-            id=record["id"],
-            fix=record["fix"],
-            target=_target(record["target"]),
-            phase=record["phase"],
-            reason=record["reason"],
-            message=record["message"],
-            steps=tuple(step["message"] for step in record.get("steps", ())),
-            count=record["count"],
-        )
+        _remediation(record)
         for record in get_json(f"{remediator}/api/v1/remediations{parameters}", token)
     ]
+
+
+def remediation(remediator: str, identity: str, token: str = "") -> Remediation:
+    """One record, with its steps, which the list leaves out."""
+    return _remediation(get_json(f"{remediator}/api/v1/remediations/{identity}", token))
+
+
+def _remediation(record: dict[str, Any]) -> Remediation:
+    return Remediation(
+        id=record["id"],
+        fix=record["fix"],
+        target=_target(record["target"]),
+        phase=record["phase"],
+        reason=record["reason"],
+        message=record["message"],
+        steps=tuple(_step(step) for step in record.get("steps", ())),
+        count=record["count"],
+    )
+
+
+def _step(step: dict[str, Any]) -> str:
+    return f"{step['message']}: {step['result']}" if step.get("result") else str(step["message"])
 
 
 def _target(target: dict[str, str]) -> str:

@@ -23,7 +23,8 @@ class Course:
     clear: float | None = None
     decision: str = ""
     """The last thing the remediator said of it."""
-    steps: tuple[str, ...] = ()
+    record: str = ""
+    """The id of the record that healed it."""
     alerts: set[tuple[tuple[str, str], ...]] = field(default_factory=set)
     """Firing now."""
 
@@ -32,16 +33,12 @@ class Course:
         """Healed by the remediator, and the alerts are over."""
         return self.healed is not None and self.clear is not None
 
-    @property
-    def failed(self) -> bool:
-        return self.decision.startswith("Failed")
-
     def see(self, event: Event, now: float) -> None:
         """Take in an event, if it is about this."""
-        if isinstance(event.subject, Alert):
-            self._see_alert(event.kind, event.subject, now)
-        elif event.subject.fix == self.fix:
-            self._see_remediation(event.subject, now)
+        for alert in event.alerts:
+            self._see_alert(event.kind, alert, now)
+        if event.record is not None and event.record.fix == self.fix:
+            self._see_remediation(event.record, now)
 
     def _see_alert(self, kind: str, alert: Alert, now: float) -> None:
         if alert["remediation"] != self.fix:
@@ -57,10 +54,11 @@ class Course:
 
     def _see_remediation(self, record: Remediation, now: float) -> None:
         self.decided = now if self.decided is None else self.decided
-        self.decision = f"{record.phase} ({record.reason}): {record.message}"
-        self.steps = record.steps or self.steps
+        because = f" ({record.reason})" if record.reason else ""
+        self.decision = f"{record.phase}{because} {record.message}".rstrip()
         if record.phase == "Succeeded" and self.healed is None:
             self.healed = now
+            self.record = record.id
 
     def row(self, now: float) -> tuple[str, ...]:
         """The cells under COLUMNS."""
