@@ -131,9 +131,7 @@ async def test_c1_a_renewal_that_fails_half_way_is_rolled_back(
     with pytest.raises(FixError, match="put back") as caught:
         await fix.apply(NODE, condition, steps(step_log))
     assert caught.value.reason == "RolledBack"
-    after = files(pki.directory)
-    bad = str(pki.directory / "pki/front-proxy-ca.key")
-    assert {**after, bad: b""} == {**before, bad: b""}
+    assert files(pki.directory) == before
     assert step_log.names == ["backup", "renew", "roll back"]
     renew = step_log.steps[1]
     assert renew.ok is False

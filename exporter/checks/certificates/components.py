@@ -13,17 +13,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-import yaml
 
 from exporter.checks.certificates.files import MAX_BYTES, Root
 from exporter.checks.certificates.layouts import KUBERNETES_DIRECTORY, place
 from exporter.checks.certificates.model import Inventory
+from exporter.checks.certificates.parsing import MalformedError, load_yaml
 from exporter.checks.certificates.served import Served
 
 MANIFESTS = f"{KUBERNETES_DIRECTORY}/manifests"
 ETCD_ENVIRONMENT = "/etc/etcd.env"
 _START_TOLERANCE = 1.0  # seconds: the boot time in /proc/stat is whole seconds
-_LOADER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 _POD_UID = re.compile(rb"pod([0-9a-f]{32}|[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12})")
 _COMM = {  # the kernel keeps 15 characters of a name
     b"kube-apiserver": "kube-apiserver",
@@ -170,8 +169,8 @@ def _load_text(root: Root, path: str) -> str:
 
 def _load_yaml(root: Root, path: str) -> Any:
     try:
-        return yaml.load(_load_text(root, path), Loader=_LOADER)  # noqa: S506 - only text
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return load_yaml(_load_text(root, path).encode())
+    except MalformedError:
         return None
 
 

@@ -51,6 +51,14 @@ class Root:
             return path
         return self._prefix + self.real(path)
 
+    def _resolve_or_none(self, path: str) -> str | None:
+        try:
+            return self.resolve(path)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return None
+            raise
+
     def real(self, path: str) -> str:
         """The same as the host's own realpath would say it."""
         rest = list(reversed(PurePosixPath(path).parts[1:]))
@@ -86,11 +94,19 @@ class Root:
             return False
         return True
 
-    def expand(self, pattern: str) -> Iterator[tuple[str, str]]:
+    def is_link(self, path: str) -> bool:
+        """Whether the host has a link of that name, wherever it leads."""
+        pure = PurePosixPath(path)
+        try:
+            return Path(self.resolve(str(pure.parent)), pure.name).is_symlink()
+        except OSError:
+            return False
+
+    def expand(self, pattern: str) -> Iterator[tuple[str, str | None]]:
         """Each path that matches, as the host names it and as it is reached from here.
 
-        A pattern without wildcards matches itself, whether it exists or not. Raises OSError for a
-        directory that exists but can't be listed.
+        The second is None for a ring of links. A pattern without wildcards matches itself, whether
+        it exists or not. Raises OSError for a directory that exists but can't be listed.
         """
         parts = PurePosixPath(pattern).parts
         magic = [bool(_MAGIC.search(part)) for part in parts]
@@ -98,10 +114,10 @@ class Root:
 
     def _expand(
         self, above: str, parts: Sequence[str], magic: Sequence[bool]
-    ) -> Iterator[tuple[str, str]]:
+    ) -> Iterator[tuple[str, str | None]]:
         if True not in magic:
             path = above.rstrip("/") + "/" + "/".join(parts)
-            yield path, self.resolve(path)
+            yield path, self._resolve_or_none(path)
             return
         index = magic.index(True)
         directory = (above.rstrip("/") + "/" + "/".join(parts[:index])).rstrip("/") or "/"
@@ -120,7 +136,7 @@ class Root:
             if not last:
                 yield from self._expand(path, parts[index + 1 :], magic[index + 1 :])
             elif entry.is_symlink():
-                yield path, self.resolve(path)
+                yield path, self._resolve_or_none(path)
             else:
                 yield path, real.rstrip("/") + "/" + entry.name
 
@@ -129,7 +145,7 @@ class _Wanted(NamedTuple):
     """A file to read: as the host names it, as it's reached from here, and whether it must be."""
 
     path: str
-    here: str
+    here: str | None
     required: bool
 
 
@@ -180,7 +196,7 @@ class CertificateReader:
                 try:
                     cached = self._read_file(wanted.path, wanted.here, seen, keys)
                 except OSError as error:
-                    if wanted.required or not _is_absent(wanted.here, error):
+                    if wanted.required or not self._is_absent(wanted.path, error):
                         errors.append(ReadError(path=wanted.path, reason=_reason(error)))
                     continue
                 if cached is None:
@@ -196,6 +212,12 @@ class CertificateReader:
         if inventory != self._last:
             self._last = inventory
         return self._last
+
+    def _is_absent(self, path: str, error: OSError) -> bool:
+        """Whether there is simply no such file; a link that leads nowhere is a fault."""
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            return False
+        return not self._root.is_link(path)
 
     def _matches(self, pattern: str, errors: list[ReadError]) -> list[_Wanted]:
         required = pattern in self._named
@@ -223,9 +245,11 @@ class CertificateReader:
             errors.append(ReadError(path=path, reason=_reason(error)))
 
     def _read_file(
-        self, path: str, here: str, seen: set[tuple[int, int]], keys: dict[str, bool]
+        self, path: str, here: str | None, seen: set[tuple[int, int]], keys: dict[str, bool]
     ) -> _Cached | None:
         """A file's certificates; None where the same file was read under another name already."""
+        if here is None:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
         found = os.stat(here)  # noqa: PTH116 - a hot path
         inode = (found.st_dev, found.st_ino)
         if inode in seen:
@@ -270,13 +294,6 @@ class CertificateReader:
         return _Cached(
             state=state, contents=contents, certificates=tuple(certificates), renewable=renewable
         )
-
-
-def _is_absent(here: str, error: OSError) -> bool:
-    """Whether there is simply no such file; a link that leads nowhere is a fault."""
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        return False
-    return not os.path.islink(here)  # noqa: PTH114 - `here` is a plain string on the hot path
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:

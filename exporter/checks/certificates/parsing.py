@@ -23,6 +23,7 @@ _PEM_BEGIN = b"-----BEGIN "
 _PEM_END = b"-----END "
 _CERTIFICATE_LABELS = (b"CERTIFICATE", b"X509 CERTIFICATE", b"TRUSTED CERTIFICATE")
 _LOADER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+_MAX_DEPTH = 40  # a kubeconfig has 4 levels, a pod 12
 
 
 class Parsed(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,20 +91,21 @@ def parse_certificate(der: bytes) -> Parsed:
 def pem_blocks(data: bytes) -> Iterator[tuple[bytes, bytes | None]]:
     """Each PEM block's label and body; the body is None where the block has no end."""
     at = data.find(_PEM_BEGIN)
+    stop = data.find(_PEM_END)
     while at >= 0:
         label_end = data.find(b"-----", at + len(_PEM_BEGIN))
-        if label_end < 0:
-            yield data[at + len(_PEM_BEGIN) : at + 80].strip(), None
+        if 0 <= stop < label_end:  # looked for again only then: or many beginnings take for ever
+            stop = data.find(_PEM_END, label_end)
+        if label_end < 0 or stop < 0:
+            yield data[at + len(_PEM_BEGIN) : max(label_end, 0) or at + 80].strip(), None
             return
         label = data[at + len(_PEM_BEGIN) : label_end]
-        stop = data.find(_PEM_END, label_end)
         following = data.find(_PEM_BEGIN, label_end)
-        if stop < 0 or -1 < following < stop:
+        if -1 < following < stop:
             yield label, None
-            at = following
-            continue
-        whole = data.startswith(_PEM_END + label + b"-----", stop)
-        yield label, data[label_end + 5 : stop] if whole else None
+        else:
+            whole = data.startswith(_PEM_END + label + b"-----", stop)
+            yield label, data[label_end + 5 : stop] if whole else None
         at = following
 
 
@@ -164,10 +166,30 @@ def _first_element(data: bytes) -> bytes:
     return data[: _declared_length(data)]
 
 
+def load_yaml(data: bytes) -> Any:
+    """A YAML (or JSON) document, every scalar as text. MalformedError where it's none.
+
+    The C loader descends by recursion and takes the process with it where somebody nests deeply:
+    so the depth is measured first, on the event stream, which costs no stack.
+    """
+    try:
+        depth = 0
+        for event in yaml.parse(data, Loader=_LOADER):
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            if depth > _MAX_DEPTH:
+                raise MalformedError("YAML nested too deeply")
+        return yaml.load(data, Loader=_LOADER)  # noqa: S506 - a base loader makes only text
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise MalformedError("not YAML") from None
+
+
 def _parse_kubeconfig(data: bytes) -> Contents:
     try:
-        document = yaml.load(data, Loader=_LOADER)  # noqa: S506 - a base loader makes only text
-    except (yaml.YAMLError, ValueError, RecursionError):
+        document = load_yaml(data)
+    except MalformedError:
         return Contents(problem="malformed")
     if not isinstance(document, dict) or not ({"clusters", "users"} & document.keys()):
         return Contents(problem="malformed")

@@ -4,12 +4,9 @@ Paths are the host's; `Root.resolve` says where they are seen from here.
 """
 
 import base64
-import binascii
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import yaml
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import (
@@ -25,6 +22,7 @@ from exporter.checks.certificates.layouts import (
     KUBERNETES_DIRECTORY,
     pki_directory,
 )
+from exporter.checks.certificates.parsing import load_yaml
 from remediator.model import CheckError
 
 
@@ -133,11 +131,11 @@ def current_cluster(kubeconfig: bytes) -> dict[str, str]:
 
 def _current(kubeconfig: bytes, kind: str) -> dict[str, str]:
     try:
-        document: Any = yaml.load(kubeconfig, Loader=yaml.BaseLoader)  # noqa: S506 - only text
+        document = load_yaml(kubeconfig)
         named = {entry["name"]: entry["context"] for entry in document["contexts"]}
         wanted = named[document["current-context"]][kind]
         found = next(e[kind] for e in document[f"{kind}s"] if e["name"] == wanted)
-    except (yaml.YAMLError, TypeError, StopIteration, RecursionError, binascii.Error):
+    except (TypeError, StopIteration):
         raise ValueError(f"no {kind} for the current context") from None
     if not isinstance(found, dict):
         raise ValueError(f"no {kind} for the current context")  # noqa: TRY004 - one error for all
