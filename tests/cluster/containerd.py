@@ -28,6 +28,7 @@ PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr", "runc")
 CONTAINERD = Service("containerd", ["containerd", "--config", CONFIG], needs=CONFIG)
 
 Shape = Literal["cgroupfs", "systemd"]
+Qos = Literal["guaranteed", "burstable", "besteffort"]
 
 
 def containerd_config(sandbox_image: str) -> str:
@@ -66,7 +67,7 @@ class Pod:
 
     name: str = "web-5d4f8c7b9-abcde"
     namespace: str = "tenant"
-    qos: Literal["guaranteed", "burstable", "besteffort"] = "besteffort"
+    qos: Qos = "besteffort"
     uid: str = field(default_factory=lambda: str(uuid.uuid4()))
     pids_max: int | None = None
     """pids.max of the pod's cgroup; None leaves it unlimited."""
@@ -102,14 +103,7 @@ class Container:
 
     def stop(self) -> None:
         """Kill and delete it."""
-        self.host.ctr("task", "kill", "--all", "--signal", "KILL", self.id, check=False)
-        deadline = time.monotonic() + 30
-        self.host.ctr("task", "delete", "--force", self.id, check=False)
-        while self.host.has_task(self.id):
-            if time.monotonic() > deadline:
-                raise NodeError(f"container {self.id} can't be ended")
-            time.sleep(0.1)
-            self.host.ctr("task", "delete", "--force", self.id, check=False)
+        self.host.ctr("task", "delete", "--force", self.id, check=False)  # gives the task's status
         self.host.ctr("container", "delete", self.id)
 
 
@@ -165,10 +159,6 @@ class ContainerdHost:
         if not pid:
             raise NodeError(f"container {name} ended at once; its log: {self.node.root}{log}")
         return Container(self, identity, name, pod, cgroup, pid)
-
-    def has_task(self, identity: str) -> bool:
-        """Whether a container of that id still has processes or waits to be deleted."""
-        return any(line.startswith(identity) for line in self.ctr("task", "list").splitlines())
 
     def _limit_pids(self, cgroup: str, pod: Pod) -> None:
         if pod.pids_max is None:
