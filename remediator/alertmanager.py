@@ -126,6 +126,9 @@ class Reader:
         if not firing and alert.status != "resolved":
             problems.append(f"{fix}: the alert's status is neither firing nor resolved")
             return "invalid", None
+        if alert.starts_at.tzinfo is None:
+            problems.append(f"{fix}: the alert's startsAt has no time zone")
+            return "invalid", None
         request = Request(
             fix=fix,
             target=target,
@@ -143,8 +146,6 @@ def _decode(body: bytes) -> tuple[Sequence[_Alert], int, list[str]]:
     except (msgspec.DecodeError, RecursionError):
         return _decode_each(body)
     _known(message.version)
-    if any(alert.starts_at.tzinfo is None for alert in message.alerts):
-        return _decode_each(body)
     return message.alerts, max(0, message.truncated_alerts), []
 
 
@@ -163,11 +164,8 @@ def _decode_each(body: bytes) -> tuple[Sequence[_Alert], int, list[str]]:
             alert = _one.decode(raw)
         except (msgspec.DecodeError, RecursionError) as error:
             problems.append(f"an alert can't be read: {error}")
-            continue
-        if alert.starts_at.tzinfo is None:
-            problems.append("an alert can't be read: its startsAt has no time zone")
-            continue
-        alerts.append(alert)
+        else:
+            alerts.append(alert)
     return alerts, max(0, message.truncated_alerts), problems
 
 

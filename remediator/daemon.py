@@ -1,7 +1,10 @@
 """`upkeep-remediator serve`: puts the parts together, and takes them down in order."""
 
 import asyncio
+import logging
+import os
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,10 @@ from remediator.server import Api
 from remediator.worker import Worker
 
 log = get_logger("remediator")
+
+# Seconds. The journal's thread gives up Python's lock at every statement and would wait Python's
+# default of 5 ms for it, each time, while the event loop is busy.
+_SWITCH = 0.0005
 
 
 def load_config(flags: Flags, fixes: Mapping[str, Entry]) -> tuple[Config, dict[str, Any]]:
@@ -119,7 +126,13 @@ class Daemon:
         """Take over the configuration file, whole or not at all; what is wrong with it, or ''."""
         try:
             loaded, settings = load_config(self._flags, self._entries)
-            fixes = make_fixes(self._flags, settings, self._entries)
+            # A fix whose settings are the same stays: it may hold threads, or a memory of its own.
+            changed = {
+                name: entry
+                for name, entry in self._entries.items()
+                if settings[name] != self._settings[name]
+            }
+            fixes = {**self._fixes, **make_fixes(self._flags, settings, changed)}
             await self.listener.reload()
         except (ConfigError, WebConfigError) as error:
             self._metrics.reload_successful.set(0)
@@ -135,6 +148,7 @@ class Daemon:
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; the exit status."""
+        sys.setswitchinterval(_SWITCH)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -166,9 +180,14 @@ class Daemon:
         log.info("stopping")
         self._api.ready = False
         await self.listener.aclose()
-        await self._scheduler.stop(self._config.shutdown_grace)
+        left = await self._scheduler.stop(self._config.shutdown_grace)
         await scheduling
         await self._journal.aclose()
+        if left:
+            log.warning("ends with remediations under way; the next start resumes them", count=left)
+            logging.shutdown()
+            # Past every handler, like SIGKILL: cancelling them would make them undo in haste.
+            os._exit(0)
         return 0
 
     def _refuse_openness(self, host: str) -> None:

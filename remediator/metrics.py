@@ -90,8 +90,7 @@ class Metrics:
                     self._total.labels(name, phase.value, reason)
         for code in _CODES:
             self._requests.labels(code)
-        for outcome in OUTCOMES:
-            self._alerts.labels(outcome)
+        self._by_outcome = {outcome: self._alerts.labels(outcome) for outcome in OUTCOMES}
 
     def ended(self, remediation: Remediation) -> None:
         """See `remediator.worker.Events`."""
@@ -111,7 +110,7 @@ class Metrics:
     def alerts(self, outcomes: Mapping[str, int]) -> None:
         """The alerts of one message, once it's durable."""
         for outcome, count in outcomes.items():
-            self._alerts.labels(outcome).inc(count)
+            self._by_outcome[outcome].inc(count)
 
     def journal_error(self) -> None:
         self._journal_errors.inc()

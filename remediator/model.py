@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from datetime import datetime
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Protocol
 
 import msgspec
@@ -68,9 +69,13 @@ class Target(msgspec.Struct, frozen=True, order=True, kw_only=True):
 
 def target_from_labels(labels: Mapping[str, str], names: Sequence[str]) -> Target:
     """Make a target of exactly the labels `names`; `TargetError` where one is absent or no name."""
+    return _target(tuple(names), tuple([labels.get(name, "") for name in names]))
+
+
+@lru_cache(maxsize=8192)  # ten alerts a message, thousands of messages, the same few targets
+def _target(names: tuple[str, ...], values: tuple[str, ...]) -> Target:
     found: dict[str, str] = {}
-    for name in names:
-        value = labels.get(name, "")
+    for name, value in zip(names, values, strict=True):
         if not value:
             raise TargetError(
                 f"the alert has no label {name!r}; keep it in the rule's expression and in group_by"

@@ -16,6 +16,8 @@ from remediator.worker import Worker
 log = get_logger("remediator.scheduler")
 
 _TICK = 1.0  # seconds
+_RATE = 20.0  # remediations of one fix taken up in a second: a storm must not starve the webhook
+_BURST = 32.0
 _AT_ONCE = 32  # remediations of one fix that are checked or waited for at the same time
 _PRUNE_EVERY = 600.0  # seconds
 
@@ -28,6 +30,8 @@ class Scheduler:
         self._worker = worker
         self._config = config
         self._tasks: dict[str, dict[str, asyncio.Task[None]]] = {name: {} for name in worker.fixes}
+        self._tokens = dict.fromkeys(worker.fixes, _BURST)
+        self._filled_at = 0.0
         self._wake = asyncio.Event()
         self._stopping = False
         self._failing = ""
@@ -42,6 +46,7 @@ class Scheduler:
         prune_at = loop.time()
         while not self._stopping:
             self._wake.clear()
+            self._fill(loop.time())
             try:
                 for fix in self._tasks:
                     await self._start_due(fix)
@@ -58,33 +63,44 @@ class Scheduler:
             except Exception:
                 log.exception("unexpected error")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _TICK)
+                if min(self._tokens.values(), default=_BURST) < 1:
+                    await asyncio.sleep(4 / _RATE)  # something may be left for which none was left
+                else:
+                    await asyncio.wait_for(self._wake.wait(), _TICK)
 
-    async def stop(self, grace: float) -> None:
-        """Take up nothing more; let what runs end within `grace` seconds, then have it undo."""
+    def _fill(self, now: float) -> None:
+        more = (now - self._filled_at) * _RATE
+        self._filled_at = now
+        for fix, tokens in self._tokens.items():
+            self._tokens[fix] = min(_BURST, tokens + more)
+
+    async def stop(self, grace: float) -> int:
+        """Take up nothing more; wait `grace` seconds for what runs; how many still run then.
+
+        Those are not cancelled: a half-done rotation that is undone in haste is worse off than one
+        that the next start resumes from its steps.
+        """
         self._stopping = True
         self.wake()
         running = [task for tasks in self._tasks.values() for task in tasks.values()]
         if not running:
-            return
+            return 0
         log.info("waits for what is under way", count=len(running), seconds=grace)
         _, left = await asyncio.wait(running, timeout=grace)
-        for task in left:
-            task.cancel()
-        if left:
-            await asyncio.wait(left)
+        return len(left)
 
     async def _start_due(self, fix: str) -> None:
         tasks = self._tasks[fix]
-        room = _AT_ONCE - len(tasks)
+        room = min(_AT_ONCE - len(tasks), int(self._tokens[fix]))
         if room <= 0:
             return
-        for remediation in await self._journal.due(fix, _AT_ONCE + len(tasks)):
+        for remediation in await self._journal.due(fix, room + len(tasks)):
             if remediation.id in tasks or self._stopping:
                 continue
             if room == 0:
                 return
             room -= 1
+            self._tokens[fix] -= 1
             task = asyncio.create_task(self._worker.handle(remediation), name=remediation.id)
             tasks[remediation.id] = task
             task.add_done_callback(lambda done: self._done(fix, done))

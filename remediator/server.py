@@ -55,6 +55,8 @@ class Api:
         self._title = title
         self._dry_run = dry_run
         self._in_flight = 0
+        self._prefix = secrets.token_hex(4)  # a name for this process, and a number for the request
+        self._number = 0
         self.ready = False
         """Whether the daemon has started and isn't stopping."""
 
@@ -100,7 +102,8 @@ class Api:
         body = await self._body(request, options)
         if isinstance(body, web.Response):
             return body
-        request_id = secrets.token_hex(6)
+        self._number += 1
+        request_id = f"{self._prefix}{self._number:x}"
         try:
             read = self._reader().read(body)
         except MessageError as error:
@@ -137,11 +140,15 @@ class Api:
             self._accepted()
         return _answer({"id": request_id, **read.outcomes})
 
-    async def _body(self, request: web.Request, options: WebhookOptions) -> bytes | web.Response:
+    async def _body(  # noqa: PLR0911 - one return a refusal
+        self, request: web.Request, options: WebhookOptions
+    ) -> bytes | web.Response:
         """The body within its limits of size and time, or the refusal."""
         too_large = f"the body is larger than {options.max_body_bytes} bytes"
         if (request.content_length or 0) > options.max_body_bytes:
             return _refused(413, too_large)
+        if request.content.is_eof():  # here already, as small messages are
+            return await request.content.read()
         chunks: list[bytes] = []
         size = 0
         try:

@@ -128,6 +128,9 @@ class Worker:
         if looked is None:
             return None
         condition, at = looked
+        if not condition.broken:  # the common end of a stale alert, without reading more
+            await self._end(remediation, Phase.SKIPPED, condition.reason, condition.message)
+            return None
         async with self._deciding[remediation.fix]:
             facts = await self._facts(remediation)
             decision = policy.before_check(remediation, facts) or policy.after_check(
@@ -163,7 +166,7 @@ class Worker:
 
     async def _look(self, remediation: Remediation) -> tuple[Condition, float] | None:
         """What forbids a look, then the look itself; None where that ended the remediation."""
-        facts = await self._facts(remediation)
+        facts = await self._facts(remediation, acts=False)
         if decision := policy.before_check(remediation, facts):
             await self._end(remediation, Phase.SKIPPED, decision.reason, decision.message)
             return None
@@ -198,7 +201,7 @@ class Worker:
                     return
                 _, condition, _ = again
             else:
-                facts = await self._facts(remediation)
+                facts = await self._facts(remediation, acts=False)
                 if decision := policy.before_check(remediation, facts):  # paused a moment ago
                     await self._end(remediation, Phase.SKIPPED, decision.reason, decision.message)
                     return
@@ -252,7 +255,7 @@ class Worker:
         try:
             outcome = await self._guarded(fix, remediation, condition, steps)
         except asyncio.CancelledError:
-            message = "The daemon was stopped while it ran; the fix undid what it could."
+            message = "It was interrupted while it ran; the fix undid what it could."
             await asyncio.shield(self._end(remediation, Phase.FAILED, "Interrupted", message))
             raise
         await self._end_surely(remediation, outcome)
@@ -331,12 +334,12 @@ class Worker:
             if await self._journal.pause(remediation.fix, by, why, "PreviousFailed"):
                 log.error("paused", by=by, why=why)
 
-    async def _facts(self, remediation: Remediation) -> policy.Facts:
+    async def _facts(self, remediation: Remediation, *, acts: bool = True) -> policy.Facts:
         config = self._config()
         rules = config.fixes[remediation.fix]
         pauses = {pause.fix: pause for pause in await self._journal.pauses()}
         horizon = max(rules.cooldown, rules.window)
-        acts = await self._journal.acts(remediation.fix, horizon)
+        history = await self._journal.acts(remediation.fix, horizon) if acts else []
         now = self._clock.now()
         return policy.Facts(
             policy=rules,
@@ -348,7 +351,7 @@ class Worker:
                 boottime=self._clock.boottime(),
             ),
             pause=pauses.get(remediation.fix),
-            acts=[act for act in acts if act.id != remediation.id],
+            acts=[act for act in history if act.id != remediation.id],
         )
 
     @asynccontextmanager

@@ -135,7 +135,7 @@ class Journal(Protocol):
         """Oldest first: what is Pending and due, Admitted, or Running, with steps."""
 
     async def acts(self, fix: str, horizon: float) -> list[Act]:
-        """Newest first: what is Admitted, Running, or acted within `horizon` seconds."""
+        """Newest first: what is Admitted, Running, or acted within `horizon` seconds and more."""
 
     async def wait(
         self, remediation_id: str, decision: Decision, *, due_in: float, expires_in: float

@@ -21,8 +21,10 @@ from remediator.journal import (
     Instant,
     JournalError,
     Pause,
+    accepting,
     rows,
 )
+from remediator.journal.accepting import Message
 from remediator.journal.schema import ACTIVE
 from remediator.journal.writer import Work, Writer, sentence
 from remediator.model import (
@@ -38,32 +40,6 @@ from remediator.model import (
 )
 
 T = TypeVar("T")
-
-_INSERT = f"""
-INSERT INTO remediations (id, fix, target, target_json, origin, phase, created_at, last_seen_at)
-VALUES (?, ?, ?, ?, 'alert', 'Pending', ?, ?)
-ON CONFLICT (fix, target) WHERE {ACTIVE} DO NOTHING
-"""
-_JOIN = f"""
-INSERT INTO alerts (remediation, fingerprint, name, starts_at, resolved)
-SELECT seq, ?, ?, ?, 0 FROM remediations WHERE fix = ? AND target = ? AND {ACTIVE}
-ON CONFLICT (remediation, fingerprint) DO UPDATE
-SET starts_at = excluded.starts_at, resolved = 0 WHERE excluded.starts_at > starts_at
-"""
-# A resolved message of an earlier episode, delivered late, says nothing of the present one.
-_RESOLVE = f"""
-UPDATE alerts SET resolved = 1
-WHERE fingerprint = ? AND starts_at <= ? AND resolved = 0 AND remediation =
-    (SELECT seq FROM remediations WHERE fix = ? AND target = ? AND {ACTIVE})
-"""
-_CANCEL = """
-UPDATE remediations SET phase = 'Skipped', reason = 'AlertResolved', ended_at = ?,
-    message = 'Every alert that asked for it resolved before it began.'
-WHERE fix = ? AND target = ? AND phase IN ('Pending', 'Admitted') AND origin = 'alert'
-AND EXISTS (SELECT 1 FROM alerts WHERE remediation = seq)
-AND NOT EXISTS (SELECT 1 FROM alerts WHERE remediation = seq AND resolved = 0)
-RETURNING id, fix
-"""
 
 
 class SqliteJournal:
@@ -85,6 +61,7 @@ class SqliteJournal:
         self._reader = _Reader(path, busy_timeout)
         self._read_only = read_only
         self._max_active = max_active
+        self._known = accepting.Known()
         self._room = 0  # new ones that surely fit; counted anew when used up
 
     def _now(self) -> float:
@@ -96,42 +73,24 @@ class SqliteJournal:
         )
 
     async def accept(self, requests: Sequence[Request], request_id: str) -> Accepted:
-        now = self._now()
+        return await self._writer.run_together(self._accept, (request_id, requests))
 
-        def work(connection: sqlite3.Connection) -> Accepted:
-            self._make_room(connection, len(requests))
-            total = Accepted()
-            begin = 0
-            for index in range(1, len(requests) + 1):  # runs of firing and of resolved, in order
-                if index < len(requests) and requests[index].firing == requests[begin].firing:
-                    continue
-                part = requests[begin:index]
-                if part[0].firing:
-                    found = _accept_firing(connection, part, f"{request_id}-{begin}", now)
-                else:
-                    found = _accept_resolved(connection, part, now)
-                begin = index
-                total = Accepted(
-                    created=total.created + found.created,
-                    coalesced=total.coalesced + found.coalesced,
-                    cancelled=(*total.cancelled, *found.cancelled),
-                    resolved=total.resolved + found.resolved,
-                )
-            self._room -= total.created
-            return total
-
-        return await self._writer.run(work)
-
-    def _make_room(self, connection: sqlite3.Connection, wanted: int) -> None:
-        if self._room >= wanted:
-            return
-        query = f"SELECT count(*) FROM remediations WHERE {ACTIVE}"
-        active = connection.execute(query).fetchone()[0]
-        self._room = self._max_active - active
+    def _accept(
+        self, connection: sqlite3.Connection, messages: Sequence[Message]
+    ) -> list[Accepted | JournalError | ConflictError]:
+        """Many messages in one go; those for which there's no room are refused whole."""
+        wanted = sum(len(requests) for _, requests in messages)
         if self._room < wanted:
-            raise JournalError(
-                f"{active} remediations wait already; no more than {self._max_active} may"
-            )
+            self._room = self._max_active - accepting.active(connection)
+        taken: list[Message] = []
+        full = JournalError(f"{self._max_active} remediations wait already, as many as may")
+        for request_id, requests in messages:
+            if len(requests) <= self._room:
+                self._room -= len(requests)
+                taken.append((request_id, requests))
+        accepted = accepting.accept(connection, taken, self._now(), self._known)
+        self._room += sum(len(r) for _, r in taken) - sum(a.created for a in accepted.values())
+        return [accepted.get(request_id, full) for request_id, _ in messages]
 
     async def begin(
         self, fix: str, target: Target, remediation_id: str, by: str, claim: Claim
@@ -312,6 +271,7 @@ class SqliteJournal:
             if phase is Phase.SKIPPED:
                 merged = _merge_refusal(connection, remediation_id, reason, message, now)
                 if merged is not None:
+                    self._known.forget(merged.fix, merged.target.key)
                     return merged
             _change(
                 connection,
@@ -320,7 +280,9 @@ class SqliteJournal:
                 remediation_id,
                 ACTIVE,
             )
-            return _one(connection, remediation_id)
+            ended = _one(connection, remediation_id)
+            self._known.forget(ended.fix, ended.target.key)
+            return ended
 
         return await self._writer.run(work)
 
@@ -478,38 +440,6 @@ class _Reader:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def _accept_firing(
-    connection: sqlite3.Connection, requests: Sequence[Request], prefix: str, now: float
-) -> Accepted:
-    created = connection.executemany(
-        _INSERT,
-        [
-            (f"{prefix}.{i}" if i else prefix, r.fix, r.target.key, rows.encode(r.target), now, now)
-            for i, r in enumerate(requests)
-        ],
-    ).rowcount
-    connection.executemany(
-        _JOIN,
-        [(r.fingerprint, r.alert, r.starts_at.timestamp(), r.fix, r.target.key) for r in requests],
-    )
-    return Accepted(created=created, coalesced=len(requests) - created)
-
-
-def _accept_resolved(
-    connection: sqlite3.Connection, requests: Sequence[Request], now: float
-) -> Accepted:
-    connection.executemany(
-        _RESOLVE,
-        [(r.fingerprint, r.starts_at.timestamp(), r.fix, r.target.key) for r in requests],
-    )
-    cancelled = tuple(
-        (row["id"], row["fix"])
-        for fix, key in sorted({(r.fix, r.target.key) for r in requests})
-        for row in connection.execute(_CANCEL, (now, fix, key)).fetchall()
-    )
-    return Accepted(cancelled=cancelled, resolved=len(requests))
 
 
 def _merge_refusal(

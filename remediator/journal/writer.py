@@ -12,19 +12,31 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from remediator.journal import ConflictError, JournalError
 from remediator.journal.schema import APPLICATION_ID, STATEMENTS, VERSION
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 Work = Callable[[sqlite3.Connection], T]
+Refusal = ConflictError | JournalError
+Together = Callable[[sqlite3.Connection, Sequence[Item]], Sequence[T | Refusal]]
+"""Work on many callers' items at once: each one's result or refusal, in their order."""
 
 _BATCH = 256  # pieces of work in one transaction
 _QUEUE = 2048  # pieces of work waiting; beyond it the caller is told to come again
 _PAGE = 4096  # bytes
+
+
+class _Entry(NamedTuple):
+    work: Together[Any, Any]
+    item: Any
+    future: asyncio.Future[Any]
 
 
 class Writer:
@@ -34,7 +46,7 @@ class Writer:
         self.path = path
         self._busy_timeout = busy_timeout
         self._max_pages = max(64, max_bytes // _PAGE)
-        self._queue: queue.Queue[tuple[Work[Any], asyncio.Future[Any]] | None] = queue.Queue(_QUEUE)
+        self._queue: queue.Queue[_Entry | None] = queue.Queue(_QUEUE)
         self._connection: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
@@ -46,12 +58,27 @@ class Writer:
         `work` may raise `ConflictError` or `JournalError` before it has written anything: the
         others of its transaction are kept. `JournalError` too where it can't be committed.
         """
+
+        def alone(connection: sqlite3.Connection, _items: Sequence[None]) -> list[T | Refusal]:
+            try:
+                return [work(connection)]
+            except (ConflictError, JournalError) as error:
+                return [error]
+
+        return await self.run_together(alone, None)
+
+    async def run_together(self, work: Together[Item, T], item: Item) -> T:
+        """As `run`, but callers that wait with the same `work` are served by one call of it.
+
+        Each statement hands the interpreter's lock to and fro; one statement for a whole batch is
+        what keeps a busy event loop and this thread out of each other's way.
+        """
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="journal", daemon=True)
             self._thread.start()
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         try:
-            self._queue.put_nowait((work, future))
+            self._queue.put_nowait(_Entry(work, item, future))
         except queue.Full:
             raise JournalError(f"the journal {self.path} can't keep up; try again later") from None
         return await future
@@ -65,59 +92,50 @@ class Writer:
 
     def _serve(self) -> None:
         while True:
-            first = self._queue.get()
-            batch = [] if first is None else [first]
-            while first is not None and len(batch) < _BATCH:
-                try:
-                    item = self._queue.get_nowait()
-                except queue.Empty:
+            entry = self._queue.get()
+            batch = []
+            while entry is not None:
+                batch.append(entry)
+                if len(batch) == _BATCH or self._queue.empty():
                     break
-                if item is None:
-                    first = None
-                else:
-                    batch.append(item)
+                entry = self._queue.get_nowait()  # nobody else takes from it
             if batch:
-                self._answer(self._commit(batch))
-            if first is None:
+                self._answer(batch, self._commit(batch))
+            if entry is None:
                 self._close()
                 return
 
-    def _commit(
-        self, batch: list[tuple[Work[Any], asyncio.Future[Any]]]
-    ) -> list[tuple[asyncio.Future[Any], Any, Exception | None]]:
-        answers: list[tuple[asyncio.Future[Any], Any, Exception | None]] = []
+    def _commit(self, batch: Sequence[_Entry]) -> Sequence[Any]:
+        """Each entry's result, or the exception it is to be told."""
+        results: list[Any] = []
         try:
             connection = self._open()
             connection.execute("BEGIN IMMEDIATE")
-            for work, future in batch:
-                try:
-                    answers.append((future, work(connection), None))
-                except (ConflictError, JournalError) as error:
-                    answers.append((future, None, error))
+            for work, group in groupby(batch, key=attrgetter("work")):
+                results += work(connection, [entry.item for entry in group])
             connection.execute("COMMIT")
         except (sqlite3.Error, OSError, JournalError) as error:
-            failure = JournalError(self._sentence(error))
             # Closed, not kept: the file may be mended or replaced before the next attempt.
             self._checked = self._checked and isinstance(error, sqlite3.OperationalError)
             self._close()
-            return [(future, None, failure) for _, future in batch]
-        except Exception as error:  # noqa: BLE001 - a fault of one caller's work is his, with its traceback
+            return [JournalError(sentence(self.path, error)) for _ in batch]
+        except Exception as error:  # noqa: BLE001 - told to the callers, with its traceback
             self._close()
-            return [(future, None, error) for _, future in batch]
-        return answers
+            return [error for _ in batch]
+        return results
 
-    def _answer(self, answers: list[tuple[asyncio.Future[Any], Any, Exception | None]]) -> None:
+    def _answer(self, batch: Sequence[_Entry], results: Sequence[Any]) -> None:
         def resolve() -> None:
-            for future, value, error in answers:
-                if future.done():  # its caller was cancelled; the work is committed all the same
+            for entry, result in zip(batch, results, strict=True):
+                if entry.future.done():  # its caller was cancelled; the work is kept all the same
                     continue
-                if error is None:
-                    future.set_result(value)
+                if isinstance(result, Exception):
+                    entry.future.set_exception(result)
                 else:
-                    future.set_exception(error)
+                    entry.future.set_result(result)
 
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            answers[0][0].get_loop().call_soon_threadsafe(resolve)
+            batch[0].future.get_loop().call_soon_threadsafe(resolve)
 
     def _open(self) -> sqlite3.Connection:
         """The connection; opened anew where there is none or its file was moved away."""
@@ -143,9 +161,6 @@ class Writer:
             with contextlib.suppress(sqlite3.Error):  # a broken file may fail even here
                 self._connection.close()
             self._connection = None
-
-    def _sentence(self, error: Exception) -> str:
-        return sentence(self.path, error)
 
 
 def sentence(path: Path, error: Exception) -> str:
