@@ -27,15 +27,19 @@ STATE = ROOT / ".run"
 PORTS = {"exporter": 9790, "remediator": 9791, "prometheus": 9090, "alertmanager": 9093}
 
 
-def main() -> int:
-    """Run until Ctrl-C; the exit status: 0 then, 1 where something did not start or died."""
+def main(state: Path = STATE) -> int:
+    """Run until Ctrl-C, with everything below the folder `state`; the exit status.
+
+    0 after Ctrl-C, 1 where something did not start or died.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    folder = state / "run"
     try:
-        with _alone(), Stack(STATE / "run", settings(os.environ), progress=_progress) as stack:
+        with _alone(state), Stack(folder, settings(os.environ), progress=_progress) as stack:
             return _watch(stack)
     except KeyboardInterrupt:
-        say("stopped; what it wrote is in .run/run")
+        say(f"stopped; what it wrote is in {folder}")
         return 0
     except (StartError, DebianError) as error:
         print(f"upkeep: {error}", file=sys.stderr)
@@ -108,10 +112,10 @@ def _say_mode(enforce: bool) -> None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _alone(state: Path) -> Iterator[None]:
     """Two at once would write into one folder."""
-    STATE.mkdir(mode=0o700, exist_ok=True)
-    with (STATE / "run.lock").open("a") as lock:
+    state.mkdir(mode=0o700, exist_ok=True)
+    with (state / "run.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
