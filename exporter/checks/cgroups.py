@@ -85,9 +85,6 @@ class LiveTasks(NamedTuple):
     def total(self) -> int:
         return sum(ids.count(b"\n") for ids in self.lists)
 
-    def ids(self) -> set[bytes]:
-        return set(b"".join(self.lists).split())
-
 
 class CgroupError(OSError):
     """The cgroup file system can't be read as needed; the sentence says why."""

@@ -81,7 +81,10 @@ class CheapScan:
             self._dead = dead
             return known
         self.listed += 1
-        scan, self._dead = _scan_of(self._procfs, self._procfs.names() - live.ids())
+        names = self._procfs.names()
+        for ids in live.lists:  # one after the other: a set of all would double the memory
+            names.difference_update(ids.split())
+        scan, self._dead = _scan_of(self._procfs, names)
         return scan
 
 

@@ -9,13 +9,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from remediator.fixes.zombies import ReapZombies
 from remediator.fixes.zombies.facts import PodFacts, RestartHistory
-from remediator.model import Phase
-from tests.zombies.conftest import MakeFix, run
+from remediator.model import Phase, Step, Steps
+from tests.zombies.conftest import Log, MakeFix, run, target
 from tests.zombies.node import Container, Node, until
 from tests.zombies.test_hazards import Knows
 
@@ -146,3 +148,51 @@ def test_z11_the_memory_of_restarts_is_bounded(tmp_path: Path) -> None:
     assert history.read("Deployment/shop/other") == []
     lines = (tmp_path / "restarts.jsonl").read_text().splitlines()
     assert json.loads(lines[-1]) == {"workload": "Deployment/shop/web", "at": 99.0}
+
+
+async def steps_of_one_who_died(fix: ReapZombies, container: Container, until_step: str) -> Steps:
+    """The log that a remediator left which was killed in a step."""
+    condition = await fix.check(target(container))
+    log = Log()
+
+    class KilledError(Exception):
+        pass
+
+    async def record(index: int, step: Step) -> None:
+        log.written[index] = step
+        if step.name == until_step and step.ended_at is None:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        await fix.apply(target(container), condition, Steps(record, lambda: datetime.now(UTC)))
+    return Steps(record, lambda: datetime.now(UTC), earlier=tuple(log.written.values()))
+
+
+async def test_a_successor_looks_before_it_says_how_it_ended(node: Node, fix: MakeFix) -> None:
+    container = node.container("--zombies", "60", "--parents", "3")
+    reaper = fix()
+    steps = await steps_of_one_who_died(reaper, container, "sigterm")
+    outcome = await reaper.resume(target(container), steps)
+    assert (outcome.phase, outcome.reason) == (Phase.FAILED, "Interrupted")
+    assert "done so far: sigchld, sigterm" in outcome.message
+    assert len(container.zombies()) == 60, "nothing is repeated blindly"
+    container.kill()
+    outcome = await reaper.resume(target(container), steps)
+    assert (outcome.phase, outcome.reason) == (Phase.SUCCEEDED, "Reaped")
+
+
+async def test_a_restart_that_was_interrupted_is_followed_to_its_end(
+    node: Node, fix: MakeFix
+) -> None:
+    container = node.container(*FLOOD)
+    reaper = fix(facts=ALWAYS, wait_restart=2.0)
+    steps = await steps_of_one_who_died(reaper, container, "stop-container")
+    outcome = await reaper.resume(target(container), steps)
+    assert (outcome.phase, outcome.reason) == (Phase.FAILED, "Interrupted")
+    assert container.running
+    container.kill()
+    outcome = await reaper.resume(target(container), steps)
+    assert (outcome.phase, outcome.reason) == (Phase.FAILED, "NotRestarted")
+    node.container("--live", "1", "--parents", "1", pod_uid=container.ref.pod_uid)
+    outcome = await reaper.resume(target(container), steps)
+    assert (outcome.phase, outcome.reason) == (Phase.SUCCEEDED, "ContainerRestarted")

@@ -94,7 +94,7 @@ def test_a_cgroup_that_takes_anothers_place_is_not_missed(node: Node) -> None:
             time.sleep(30)
             os._exit(0)
         (new / "cgroup.procs").write_text(str(child))
-        assert str(child).encode() in tree.live_tasks().ids()
+        assert str(child).encode() in b"".join(tree.live_tasks().lists).split()
         os.kill(child, 9)
         os.waitpid(child, 0)
 

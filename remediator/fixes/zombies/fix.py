@@ -15,7 +15,7 @@ from exporter.checks.zombies import Look, Zombie, ZombieWatch, membership
 from exporter.checks.zombies_scan import full_scan
 from remediator.fixes.zombies.facts import FactSource, NoFacts, PodFacts, RestartHistory
 from remediator.fixes.zombies.ladder import Ladder
-from remediator.fixes.zombies.parents import groups_of
+from remediator.fixes.zombies.parents import Processes, groups_of
 from remediator.fixes.zombies.plan import (
     Finding,
     Level,
@@ -24,6 +24,7 @@ from remediator.fixes.zombies.plan import (
     level_for,
     plan,
 )
+from remediator.fixes.zombies.restart import successor_runs
 from remediator.fixes.zombies.signals import Pidfds
 from remediator.model import CheckError, Condition, FixError, Outcome, Phase, Steps, Target
 
@@ -145,6 +146,9 @@ class ReapZombies:
 
     async def resume(self, target: Target, steps: Steps) -> Outcome:
         """Signals can't be taken back, and mustn't be sent twice unseen: look, and say."""
+        stopped = next((s for s in steps.earlier if s.name == "stop-container"), None)
+        if stopped is not None:
+            return await self._resume_restart(target, ContainerRef(**stopped.data["container"]))
         condition = await self.check(target)
         if not condition.broken:
             return Outcome(phase=Phase.SUCCEEDED, reason="Reaped", message=condition.message)
@@ -155,6 +159,28 @@ class ReapZombies:
             message=f"Upkeep was interrupted (done so far: {done}) and zombies are still there; "
             "the next alert begins anew.",
         )
+
+    async def _resume_restart(self, target: Target, old: ContainerRef) -> Outcome:
+        """The container was told to stop: whether it did, and was started again."""
+        names = ContainerNames(target.namespace, target.pod, target.container)
+        for _ in range(max(1, round(self.settings.wait_restart))):
+            if await self._off_loop(
+                lambda: successor_runs(self._procfs, self._folders, names, old)
+            ):
+                message = f"The {_words(names)} was restarted, and runs."
+                return Outcome(phase=Phase.SUCCEEDED, reason="ContainerRestarted", message=message)
+            await self._sleep(1.0)
+        if await self._off_loop(lambda: Processes(self._procfs).first_process(old)):
+            message = (
+                f"Upkeep was interrupted before the {_words(names)} stopped; it still runs, "
+                "and the next alert begins anew."
+            )
+            return Outcome(phase=Phase.FAILED, reason="Interrupted", message=message)
+        message = (
+            f"Upkeep was interrupted while it restarted the {_words(names)}, and no new one runs "
+            f"after {self.settings.wait_restart:g} s; see `kubectl describe pod`."
+        )
+        return Outcome(phase=Phase.FAILED, reason="NotRestarted", message=message)
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from signal import SIGKILL, SIGTERM, Signals
 
 from exporter.checks.cgroups import ContainerRef
-from exporter.checks.containers import LogFolders
+from exporter.checks.containers import ContainerNames, LogFolders
 from exporter.checks.procfs import ProcessGoneError, Procfs
 from exporter.checks.zombies import Identity, membership
 from exporter.logs import get_logger
@@ -64,25 +64,33 @@ class Restart:
         first = await self._off_loop(
             lambda: Processes(self._procfs).first_process(self._finding.container)
         )
-        refusal = self._refused(stay, first, ended)
-        if refusal is None and first is not None:
-            refusal = self._recorded(stay)
-        if refusal is not None or first is None:
-            return refusal or _failed("ZombiesStayed", stay)
+        if first is None:
+            return self._not_allowed("it has no first process that could be stopped", stay, ended)
+        if no := why_no_restart(self._finding.facts):
+            return self._not_allowed(no, stay, ended)
+        if no := self._worn_out() or self._not_recorded():
+            return _failed("NeedsPeople", f"{stay}; the container is not restarted: {no}. {ADVICE}")
+        return await self._stop_and_see(first, len(left))
+
+    async def _stop_and_see(self, first: Identity, zombies: int) -> Outcome:
         names = self._finding.names
         log.warning(
             "Upkeep restarts a container whose first process leaves zombies",
             namespace=names.namespace,
             pod=names.pod,
             container=names.container,
-            zombies=len(left),
+            zombies=zombies,
             advice=ADVICE,
         )
         message = f"Stop container {names.container}, so that the kubelet starts it anew."
-        async with self._steps.step("stop-container", message, first=str(first)) as step:
+        container = self._finding.container._asdict()
+        async with self._steps.step("stop-container", message, container=container) as step:
             if not await self._stop(first):
                 step.result = "The container did not stop."
-                return _failed("ZombiesStayed", f"{stay}; the container did not stop on SIGKILL.")
+                return _failed(
+                    "ZombiesStayed",
+                    f"{zombies} zombies stay; the container did not stop on SIGKILL.",
+                )
             step.result = "The container stopped, and its zombies are gone with it."
         message = "Wait for the kubelet to start the container again."
         async with self._steps.step("await-container", message) as step:
@@ -94,31 +102,23 @@ class Restart:
                     f"within {self._settings.wait_restart:g} s; see `kubectl describe pod`.",
                 )
             step.result = "It runs again."
-        message = f"All {len(left)} zombies are gone: the container was restarted. {ADVICE}"
+        message = f"All {zombies} zombies are gone: the container was restarted. {ADVICE}"
         return Outcome(phase=Phase.SUCCEEDED, reason="ContainerRestarted", message=message)
 
-    def _refused(self, stay: str, first: Identity | None, ended: int) -> Outcome | None:
-        no = why_no_restart(self._finding.facts)
-        if first is None:
-            no = "it has no first process of its own that could be stopped"
-        if no:
-            message = f"{stay}; the container is not restarted: {no}. {ADVICE}"
-            if ended:
-                return _failed("ZombiesStayed", message)
-            return Outcome(phase=Phase.SKIPPED, reason="RestartNotAllowed", message=message)
-        if no := self._worn_out():
-            return _failed("NeedsPeople", f"{stay}; the container is not restarted: {no}. {ADVICE}")
-        return None
+    def _not_allowed(self, why: str, stay: str, ended: int) -> Outcome:
+        message = f"{stay}; the container is not restarted: {why}. {ADVICE}"
+        if ended:
+            return _failed("ZombiesStayed", message)
+        return Outcome(phase=Phase.SKIPPED, reason="RestartNotAllowed", message=message)
 
-    def _recorded(self, stay: str) -> Outcome | None:
-        """Put the restart on record; where that fails it must not happen."""
+    def _not_recorded(self) -> str:
+        """Put the restart on record; why that failed, upon which it must not happen."""
         now = self._now()
         try:
             self._history.add(self._finding.workload, now, now - self._settings.restarts_window)
         except OSError as error:
-            no = f"the restart can't be put on record in {self._settings.state_file} ({error})"
-            return _failed("NeedsPeople", f"{stay}; the container is not restarted: {no}.")
-        return None
+            return f"the restart can't be put on record in {self._settings.state_file} ({error})"
+        return ""
 
     def _worn_out(self) -> str:
         """Why this workload isn't restarted again; empty where nothing is against it."""
@@ -170,20 +170,27 @@ class Restart:
         return False
 
     async def _started_again(self) -> bool:
+        finding = self._finding
+
+        def runs() -> bool:
+            return successor_runs(self._procfs, self._folders, finding.names, finding.container)
+
         for _ in range(max(1, round(self._settings.wait_restart / _POLL))):
-            if await self._off_loop(self._successor):
+            if await self._off_loop(runs):
                 return True
             await self._sleep(_POLL)
         return False
 
-    def _successor(self) -> bool:
-        """Whether a newer container of the same name has a running first process."""
-        names, old = self._finding.names, self._finding.container
-        ids = self._folders.ids(names) - {old.container_id}
-        processes = Processes(self._procfs) if ids else None
-        return processes is not None and any(
-            processes.first_process(ContainerRef(old.pod_uid, new)) is not None for new in ids
-        )
+
+def successor_runs(
+    procfs: Procfs, folders: LogFolders, names: ContainerNames, old: ContainerRef
+) -> bool:
+    """Whether a newer container of that name has a running first process. `ProcfsError`."""
+    ids = folders.ids(names) - {old.container_id}
+    processes = Processes(procfs) if ids else None
+    return processes is not None and any(
+        processes.first_process(ContainerRef(old.pod_uid, new)) is not None for new in ids
+    )
 
 
 def _failed(reason: str, message: str) -> Outcome:
