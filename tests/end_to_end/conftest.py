@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from deploy.local.node_stack import node_settings
-from deploy.local.observe import Remediation, remediations
+from deploy.local.observe import Remediation, alerts, remediations
 from deploy.local.stack import Stack
 from tests.cluster.kubeadm import KubeadmCluster
 from tests.cluster.netns import Network
@@ -94,3 +94,13 @@ def records_of(stack: Stack, fix: str = "", target: str = "") -> list[Remediatio
 def log_of(stack: Stack, name: str) -> str:
     """All that a program has logged."""
     return Path(stack.directory / f"{name}.log").read_text(errors="replace")
+
+
+def firing(stack: Stack, alert_name: str, /, **labels: str) -> bool:
+    """Whether that alert fires with these labels."""
+    return any(
+        alert.name == alert_name
+        and alert.state == "firing"
+        and all(alert[label] == value for label, value in labels.items())
+        for alert in alerts(stack.url("prometheus"))
+    )

@@ -1,36 +1,19 @@
 """Each real condition the whole way: exporter, Prometheus, Alertmanager, remediator, healed."""
 
-from datetime import UTC, datetime, timedelta
-
 import pytest
 
-from deploy.local.observe import alerts, query, remediation
+from deploy.local.observe import query, remediation
 from deploy.local.stack import Stack
-from tests.cluster.certificates import served_certificate
 from tests.cluster.conditions import (
-    expire_certificates,
-    restart_control_plane,
     stuck_deployment,
     zombie_maker,
     zombie_pod,
 )
 from tests.cluster.kubeadm import KubeadmCluster
-from tests.cluster.netns import Network
-from tests.cluster.pki import LEAVES, read_certificates
 from tests.cluster.zombie_makers import descendants
-from tests.end_to_end.conftest import People, records_of, until
+from tests.end_to_end.conftest import People, firing, records_of, until
 
 pytestmark = [pytest.mark.root, pytest.mark.cluster]
-
-
-def firing(stack: Stack, alert_name: str, /, **labels: str) -> bool:
-    """Whether that alert fires with these labels."""
-    return any(
-        alert.name == alert_name
-        and alert.state == "firing"
-        and all(alert[label] == value for label, value in labels.items())
-        for alert in alerts(stack.url("prometheus"))
-    )
 
 
 def test_a_flood_of_zombies_is_seen_cleared_and_told(
@@ -120,46 +103,3 @@ def test_a_rollout_that_fits_nowhere_goes_to_people_alone(
         found = kubeadm_cluster.get(f"deployment/{stuck.name}", f"--namespace={stuck.namespace}")
         assert found["status"]["availableReplicas"] == 1
         assert not records_of(stack, "unstick-rollout", stuck.namespace)
-
-
-def test_certificates_about_to_end_come_back_a_year_away(
-    stack: Stack, kubeadm_cluster: KubeadmCluster, people: People
-) -> None:
-    node = kubeadm_cluster.nodes[0]
-    before = expire_certificates(kubeadm_cluster, node, timedelta(days=3))
-    try:
-        until(
-            "the alert",
-            lambda: firing(stack, "UpkeepCertificateExpiring", name="apiserver"),
-            stack,
-        )
-        until(
-            "a remediation that succeeded",
-            lambda: (
-                [r.phase for r in records_of(stack, "rotate-certificates")][:1] == ["Succeeded"]
-            ),
-            stack,
-            within=900,
-        )
-        until("its end", lambda: not firing(stack, "UpkeepCertificateExpiring"), stack)
-        until(
-            "people told", lambda: "UpkeepCertificateExpiring" in people.alerts("resolved"), stack
-        )
-        after = read_certificates(node.root / "etc/kubernetes")
-        late = datetime.now(UTC) + timedelta(days=360)
-        for name in set(before) & set(LEAVES) - {"kubelet.conf"}:
-            assert after[name].serial_number != before[name].serial_number, name
-            assert after[name].not_valid_after_utc > late, name
-        address = Network(node.state.network).node(1)
-        for name, port in (("apiserver", 6443), ("etcd-server", 2379), ("etcd-peer", 2380)):
-            served = served_certificate(address, port)
-            assert served is not None
-            assert served.serial_number == after[name].serial_number, name
-        # Ten certificates fired; a node is one target.
-        assert len(records_of(stack, "rotate-certificates")) == 1
-        stale = "upkeep_certificate_stale == 1"
-        until("nothing stale", lambda: not query(stack.url("prometheus"), stale), stack)
-    except BaseException:
-        expire_certificates(kubeadm_cluster, node, timedelta(days=365), restart=False)
-        restart_control_plane(kubeadm_cluster, node)
-        raise
