@@ -6,6 +6,7 @@ untrusted: they only choose a fix by its name and locate a target.
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from hashlib import sha256
 
 import msgspec
@@ -25,6 +26,7 @@ OUTCOMES = (
 )
 """What may become of an alert: the label `outcome` of upkeep_webhook_alerts_total."""
 
+_REMEMBERED = 2048  # bytes of an alert that is remembered; a larger one is read anew
 _LONGEST = 256  # characters of an alert's name or fingerprint that are kept
 
 
@@ -41,12 +43,6 @@ class _Alert(msgspec.Struct, frozen=True, rename="camel"):
 
 class _Message(msgspec.Struct, frozen=True, rename="camel"):
     version: str
-    alerts: list[_Alert]
-    truncated_alerts: int = 0
-
-
-class _Loose(msgspec.Struct, frozen=True, rename="camel"):
-    version: str
     alerts: list[msgspec.Raw]
     truncated_alerts: int = 0
 
@@ -61,9 +57,11 @@ class Read(msgspec.Struct, frozen=True, kw_only=True):
     """A sentence for each alert that can't be used (the first few)."""
 
 
-_strict = msgspec.json.Decoder(_Message)
-_loose = msgspec.json.Decoder(_Loose)
-_one = msgspec.json.Decoder(_Alert)
+_Outcome = tuple[str, Request | None, str]
+"""One of OUTCOMES, the request where there is one, the problem where there is one."""
+
+_message = msgspec.json.Decoder(_Message)
+_alert = msgspec.json.Decoder(_Alert)
 
 
 class Reader:
@@ -84,51 +82,57 @@ class Reader:
         self._node = node
         self._cluster = cluster
         self._matchers = tuple(matchers)
+        # Alertmanager repeats its groups word for word: most alerts have been read before.
+        self._read_again = lru_cache(maxsize=2048)(self._read_alert)
 
     def read(self, body: bytes) -> Read:
         """The requests of one message; `MessageError` where the whole of it can't be used."""
-        alerts, truncated, problems = _decode(body)
-        outcomes = {"invalid": len(problems), "truncated": truncated}
-        requests = []
-        for alert in alerts:
-            outcome, request = self._request(alert, problems)
+        message = _decode(body)
+        outcomes: dict[str, int] = {}
+        if message.truncated_alerts > 0:
+            outcomes["truncated"] = message.truncated_alerts
+        requests, problems = [], []
+        for raw in message.alerts:
+            alert = bytes(raw)
+            read = self._read_again if len(alert) <= _REMEMBERED else self._read_alert
+            outcome, request, problem = read(alert)
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
             if request is not None:
                 requests.append(request)
-        return Read(
-            requests=requests,
-            outcomes={name: count for name, count in outcomes.items() if count},
-            problems=problems[:5],
-        )
+            if problem:
+                problems.append(problem)
+        return Read(requests=requests, outcomes=outcomes, problems=problems[:5])
 
-    def _request(  # noqa: PLR0911 - one return an outcome
-        self, alert: _Alert, problems: list[str]
-    ) -> tuple[str, Request | None]:
+    def _read_alert(self, raw: bytes) -> _Outcome:
+        try:
+            alert = _alert.decode(raw)
+        except (msgspec.DecodeError, RecursionError) as error:
+            return "invalid", None, f"an alert can't be read: {error}"
         labels: Mapping[str, str] = alert.labels
         fix = labels.get("remediation", "")
         if fix not in self._target_labels:
             matcher = next((m for m in self._matchers if m.matches(labels)), None)
             if matcher is None:
-                return "not_for_us", None
+                return "not_for_us", None, ""
             fix, labels = matcher.fix, matcher.target_labels(labels)
         if self._cluster and labels.get("cluster", self._cluster) != self._cluster:
-            return "other_cluster", None
+            return "other_cluster", None, ""
+        return self._request(fix, labels, alert)
+
+    def _request(self, fix: str, labels: Mapping[str, str], alert: _Alert) -> _Outcome:
         try:
             target = target_from_labels(labels, self._target_labels[fix])
         except TargetError as error:
-            problems.append(f"{fix}: {error}")
-            return "invalid", None
+            return "invalid", None, f"{fix}: {error}"
         if target.node and target.node != self._node:
-            return "other_node", None
+            return "other_node", None, ""
         if not self._enabled(fix):
-            return "fix_off", None
-        firing = alert.status == "firing"
-        if not firing and alert.status != "resolved":
-            problems.append(f"{fix}: the alert's status is neither firing nor resolved")
-            return "invalid", None
+            return "fix_off", None, ""
+        if alert.status not in ("firing", "resolved"):
+            return "invalid", None, f"{fix}: the alert's status is neither firing nor resolved"
         if alert.starts_at.tzinfo is None:
-            problems.append(f"{fix}: the alert's startsAt has no time zone")
-            return "invalid", None
+            return "invalid", None, f"{fix}: the alert's startsAt has no time zone"
+        firing = alert.status == "firing"
         request = Request(
             fix=fix,
             target=target,
@@ -137,36 +141,18 @@ class Reader:
             starts_at=alert.starts_at,
             firing=firing,
         )
-        return ("accepted" if firing else "resolved"), request
+        return ("accepted" if firing else "resolved"), request, ""
 
 
-def _decode(body: bytes) -> tuple[Sequence[_Alert], int, list[str]]:
+def _decode(body: bytes) -> _Message:
     try:
-        message = _strict.decode(body)
-    except (msgspec.DecodeError, RecursionError):
-        return _decode_each(body)
-    _known(message.version)
-    return message.alerts, max(0, message.truncated_alerts), []
-
-
-def _decode_each(body: bytes) -> tuple[Sequence[_Alert], int, list[str]]:
-    """Alert by alert, for a message of which some part can't be used."""
-    try:
-        message = _loose.decode(body)
+        message = _message.decode(body)
     except msgspec.ValidationError as error:
         raise MessageError(f"the body is no Alertmanager message: {error}") from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise MessageError(f"the body is not JSON: {error}") from None
     _known(message.version)
-    alerts, problems = [], []
-    for raw in message.alerts:
-        try:
-            alert = _one.decode(raw)
-        except (msgspec.DecodeError, RecursionError) as error:
-            problems.append(f"an alert can't be read: {error}")
-        else:
-            alerts.append(alert)
-    return alerts, max(0, message.truncated_alerts), problems
+    return message
 
 
 def _known(version: str) -> None:

@@ -28,7 +28,7 @@ Refusal = ConflictError | JournalError
 Together = Callable[[sqlite3.Connection, Sequence[Item]], Sequence[T | Refusal]]
 """Work on many callers' items at once: each one's result or refusal, in their order."""
 
-_BATCH = 256  # pieces of work in one transaction
+_BATCH = 32  # pieces of work in one transaction
 _QUEUE = 2048  # pieces of work waiting; beyond it the caller is told to come again
 _PAGE = 4096  # bytes
 
