@@ -14,6 +14,8 @@ from exporter.checks.containers import ContainerNames, LogFolders
 from exporter.checks.procfs import ProcessGoneError, Procfs, ProcfsError, Stat
 from exporter.checks.zombies_scan import Scan
 
+_DEEPEST = 100  # ancestors: what comes and goes meanwhile can't make a circle endless
+
 
 class Identity(NamedTuple):
     """One process for ever: pids are reused, but not within a tick of the same start."""
@@ -105,6 +107,18 @@ class ZombieWatch:
         except (ProcessGoneError, ProcfsError):
             return None  # reaped meanwhile, or not to be told: nobody's, so nothing acts on it
         return own.container
+
+
+def ancestors(procfs: Procfs, pid: int) -> list[Stat]:
+    """A process and those above it, as far as they can be seen. `ProcfsError`."""
+    chain: list[Stat] = []
+    while pid > 0 and len(chain) < _DEEPEST:
+        try:
+            chain.append(procfs.stat(pid))
+        except ProcessGoneError:
+            break
+        pid = chain[-1].ppid
+    return chain
 
 
 def membership(procfs: Procfs, pid: int) -> Membership:

@@ -8,14 +8,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from exporter.checks.cgroups import CgroupError, CgroupTree, ContainerRef
 from exporter.checks.containers import ContainerNames, LogFolders
 from exporter.checks.procfs import Procfs
-from exporter.checks.zombies import Look, ZombieWatch
+from exporter.checks.zombies import Look, ZombieWatch, ancestors
 from exporter.checks.zombies_scan import CheapScan, ProvenScan
 from exporter.config import Config
 from exporter.logs import get_logger
+from exporter.report import Report, Row
 
 log = get_logger("exporter.collectors.zombies")
 
 _HOST = ContainerNames("", "", "")
+_MANY = 5  # from here on the alert calls for the fix
 
 
 class _Count(NamedTuple):
@@ -141,3 +143,40 @@ class ZombiesCollector:
         for reason, count in self._scan.fallbacks.items():
             fallbacks.add_metric([self._node, reason], count)
         yield fallbacks
+
+    def report(self) -> Report:
+        """Every zombie there is now, transient ones included, by container and parent."""
+        look = self._watch.look()
+        groups: dict[tuple[ContainerNames, int], int] = {}
+        for zombie in look.zombies:
+            names = _HOST if zombie.container is None else look.names[zombie.container]
+            groups[names, zombie.parent] = groups.get((names, zombie.parent), 0) + 1
+        used, limit = self._procfs.load().tasks, self._procfs.task_limit()
+        notes = [f"{used} of {limit} process slots of the node are taken."]
+        if look.unreadable:
+            notes.append(f"{look.unreadable} processes can't be read; run as root.")
+        return Report(
+            columns=("zombies", "namespace", "pod", "container", "parent", "ancestors"),
+            rows=tuple(
+                self._row(names, parent, count)
+                for (names, parent), count in sorted(groups.items(), key=lambda g: -g[1])
+            ),
+            notes=tuple(notes),
+            nothing="no zombies",
+        )
+
+    def _row(self, names: ContainerNames, parent: int, count: int) -> Row:
+        chain = ancestors(self._procfs, parent)
+        comms = [stat.comm.decode("utf-8", "backslashreplace") for stat in chain]
+        above = [f"{stat.pid} {comm}" for stat, comm in zip(chain, comms, strict=True)]
+        place = names if names != _HOST else ContainerNames("", "", "(host)")
+        return Row(
+            cells={
+                "zombies": str(count),
+                **place._asdict(),
+                "parent": above[0] if above else str(parent),
+                "ancestors": " < ".join(above[1:]),
+            },
+            data={"zombies": count, **names._asdict(), "ancestors": above},
+            level="bad" if count >= _MANY else "warning",
+        )

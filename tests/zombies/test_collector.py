@@ -140,3 +140,16 @@ def test_names_come_from_the_log_folders(tmp_path: Path) -> None:
     pause = ContainerRef(UID, "b" * 64)
     (pods / f"shop_web-0_{UID}/sidecar").rmdir()
     assert folders.names({pause})[pause].container == "b" * 64, "the pod's only container isn't it"
+
+
+def test_the_report_names_parents_and_all_above_them(node: Node) -> None:
+    made = collector(node)
+    container = node.container("--zombies", "7", "--parents", "1", "--name", b"\x1b[31m".hex())
+    (parent,) = container.parents()
+    rows = [row for row in made.report().rows if row.cells["container"] == "app"]
+    assert [row.cells["zombies"] for row in rows] == ["7"]
+    assert rows[0].cells["parent"] == f"{parent} zombies"
+    assert rows[0].data["ancestors"][1:3] == [
+        f"{container.first} zombies",
+        f"{container.shim.pid} containerd-shim",
+    ]
