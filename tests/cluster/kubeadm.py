@@ -242,7 +242,7 @@ def _init(node: Node, binaries: Binaries, settings: Settings, progress: Progress
         for line in process.stdout:
             log.write(line)
             log.flush()
-            if line.startswith("["):
+            if line.startswith("[") and "WARNING" not in line:  # of those, systemd's absence
                 progress(f"  {line.strip()}")
     if process.wait() != 0:
         raise NodeError(f"kubeadm init failed\n{last_lines(node)}")
