@@ -27,6 +27,10 @@ EXPORTER: dict[str, frozenset[str]] = {
     "upkeep_pids_limit": frozenset(["node", "namespace", "pod"]),
     "upkeep_rollout_stuck_seconds": frozenset(["namespace", "deployment", "reason"]),
     "upkeep_rollout_unstickable": frozenset(["namespace", "deployment"]),
+    "upkeep_rollout_view_age_seconds": frozenset(),
+    "upkeep_workload_unschedulable_seconds": frozenset(["namespace", "kind", "workload"]),
+    "upkeep_zombie_unreadable_processes": frozenset(["node"]),
+    "upkeep_zombie_scan_fallbacks_total": frozenset(["node", "reason"]),
     "upkeep_scrape_collector_success": frozenset(["collector"]),
     "upkeep_scrape_collector_duration_seconds": frozenset(["collector"]),
     "upkeep_build_info": frozenset(["version", "python"]),
@@ -41,6 +45,9 @@ REMEDIATOR: dict[str, frozenset[str]] = {
     "upkeep_webhook_requests_total": frozenset(["code"]),
     "upkeep_webhook_alerts_total": frozenset(["outcome"]),
     "upkeep_last_remediation_timestamp_seconds": frozenset(["fix", "phase"]),
+    "upkeep_journal_up": frozenset(),
+    "upkeep_journal_errors_total": frozenset(),
+    "upkeep_config_last_reload_successful": frozenset(),
     "upkeep_agent_last_seen_timestamp_seconds": frozenset(["node"]),
 }
 FOREIGN: dict[str, frozenset[str]] = {
