@@ -10,13 +10,18 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from remediator.fixes.certificates import RotateCertificates, Settings
+from remediator.fixes.certificates import RotateCertificates, Settings, commands
 from remediator.model import CheckError, FixError, Step, Steps, Target
 
 
@@ -52,10 +57,34 @@ class FileLog:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+async def foreign_ca(arguments: Sequence[str], timeout: float) -> commands.Completed:
+    """kubeadm, after which the API server's pair is whole, and signed by the wrong CA."""
+    done = await commands.run(arguments, timeout)
+    if "renew" in arguments:
+        pki = Path("/etc/kubernetes/pki")
+        request = x509.load_pem_x509_certificate((pki / "apiserver.crt").read_bytes())
+        key = load_pem_private_key((pki / "front-proxy-ca.key").read_bytes(), password=None)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(request.subject)
+            .issuer_name(request.issuer)
+            .public_key(request.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(request.not_valid_before_utc)
+            .not_valid_after(request.not_valid_after_utc)
+        )
+        for extension in request.extensions:
+            builder = builder.add_extension(extension.value, extension.critical)
+        signed = builder.sign(cast("RSAPrivateKey", key), SHA256())
+        (pki / "apiserver.crt").write_bytes(signed.public_bytes(Encoding.PEM))
+    return done
+
+
 async def drive(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     node = os.uname().nodename
     settings = msgspec.convert(options.get("settings", {}), Settings)
-    fix = RotateCertificates(settings, node_name=node)
+    run = foreign_ca if options.get("sabotage") else commands.run
+    fix = RotateCertificates(settings, node_name=node, run=run)
     target = Target(node=node)
     log = FileLog(path, options.get("kill_after", 0))
     steps = Steps(log.record, lambda: datetime.now(UTC), log.steps)

@@ -12,16 +12,22 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 import msgspec
 
-from exporter.checks.certificates.layouts import DEFAULT_PATTERNS, is_key_file, place
+from exporter.checks.certificates.layouts import (
+    DEFAULT_PATTERNS,
+    KUBERNETES_DIRECTORY,
+    is_key_file,
+    place,
+)
 from exporter.checks.certificates.model import Certificate, Inventory, ReadError
 from exporter.checks.certificates.parsing import Contents, parse
 
 MAX_BYTES = 4 * 1024 * 1024
+_KUBEADM = f"{KUBERNETES_DIRECTORY}/"
 _MAX_LINKS = 40
 _READ_TRIES = 3
 _RACY = 2.0  # seconds; a file changed so shortly before the reading may change unseen after it
@@ -177,6 +183,7 @@ class CertificateReader:
         self._named = frozenset(p for p in patterns if not _MAGIC.search(p))
         self._clock = clock
         self._cache: dict[str, _Cached] = {}
+        self._listed: dict[str, tuple[tuple[str, tuple[int, ...]], tuple[_Wanted, ...]]] = {}
         self._last = Inventory(certificates=(), errors=())
 
     def read(self) -> Inventory:
@@ -222,6 +229,10 @@ class CertificateReader:
     def _matches(self, pattern: str, errors: list[ReadError]) -> list[_Wanted]:
         required = pattern in self._named
         try:
+            directory, state = self._directory(pattern)
+            listed = self._listed.get(pattern)
+            if listed is not None and state and listed[0] == (directory, state):
+                return list(listed[1])
             matches = [
                 _Wanted(path, here, required)
                 for path, here in self._root.expand(pattern)
@@ -231,14 +242,33 @@ class CertificateReader:
             errors.append(ReadError(path=pattern, reason=_reason(error)))
             return []
         matches.reverse()
+        if state and all(
+            m.here and PurePath(m.here).parent == PurePath(directory) for m in matches
+        ):
+            # No link among them: what they are called can't change but with the directory.
+            self._listed[pattern] = ((directory, state), tuple(matches))
         return matches
+
+    def _directory(self, pattern: str) -> tuple[str, tuple[int, ...]]:
+        """The one directory whose names a pattern asks for, and its state.
+
+        No state where there are several, or none, or it was changed a moment ago (see _RACY).
+        """
+        above = pattern.rpartition("/")[0]
+        if pattern in self._named or _MAGIC.search(above):
+            return "", ()
+        here = self._root.resolve(above or "/")
+        try:
+            found = os.stat(here)  # noqa: PTH116 - a hot path
+        except OSError:
+            return "", ()
+        racy = self._clock() - found.st_mtime < _RACY
+        return here, () if racy else _state(found)
 
     def _follow(
         self, kubeconfig: str, file: str, pending: list[_Wanted], errors: list[ReadError]
     ) -> None:
-        path = str(
-            PurePosixPath(kubeconfig).parent / file
-        )  # relative to the kubeconfig, as kubectl
+        path = str(PurePosixPath(kubeconfig).parent / file)  # as kubectl reads it
         try:
             pending.append(_Wanted(path, self._root.resolve(path), required=True))
         except OSError as error:
@@ -251,20 +281,20 @@ class CertificateReader:
         if here is None:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
         found = os.stat(here)  # noqa: PTH116 - a hot path
-        inode = (found.st_dev, found.st_ino)
-        if inode in seen:
+        now = _state(found)
+        if now[:2] in seen:
             return None
-        seen.add(inode)
+        seen.add(now[:2])
         cached = self._cache.get(path)
-        if cached is None or cached.state != _state(found):
+        if cached is None or cached.state != now:
             contents, state = _read_stable(here, self._clock())
             cached = self._describe(path, contents, state, keys)
-        elif cached.renewable != self._is_renewable(path, keys):
+        elif path.startswith(_KUBEADM) and cached.renewable != self._is_renewable(path, keys):
             cached = self._describe(path, cached.contents, cached.state, keys)
         return cached
 
     def _is_renewable(self, path: str, keys: dict[str, bool]) -> bool:
-        key = place(path, self._exists(keys)).ca_key if path.startswith("/etc/kubernetes/") else ""
+        key = place(path, self._exists(keys)).ca_key if path.startswith(_KUBEADM) else ""
         return not key or self._exists(keys)(key)
 
     def _exists(self, keys: dict[str, bool]) -> Callable[[str], bool]:

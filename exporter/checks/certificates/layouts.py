@@ -4,7 +4,6 @@ Only what `kubeadm certs renew` can renew is managed by kubeadm: a leaf of its o
 key is on this node. A CA, or a leaf below an external CA, is nobody's but people's.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
@@ -73,7 +72,6 @@ KUBEADM_CERTIFICATES = (
 
 _BY_FILE = {certificate.file: certificate for certificate in KUBEADM_CERTIFICATES}
 _CA_NAMES = {"ca.crt": "ca", "etcd/ca.crt": "etcd-ca", "front-proxy-ca.crt": "front-proxy-ca"}
-_ETCD_KEY = re.compile(r"-key\.pem$")
 
 
 class Placing(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +86,7 @@ class Placing(msgspec.Struct, frozen=True, kw_only=True):
 
 def is_key_file(path: str) -> bool:
     """Whether a name that a default pattern matches is Kubespray's name for a key, not to read."""
-    return bool(_ETCD_KEY.search(path))
+    return path.endswith("-key.pem")
 
 
 def place(path: str, exists: Callable[[str], bool]) -> Placing:

@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -217,6 +217,21 @@ def load(directory: Path) -> Backup:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise BackupError(f"{directory} is not a whole backup: {why}") from None
     return Backup(directory=directory, index=index)
+
+
+def read_files(backup: Backup, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """The contents of its files whose path `wanted` is true for. BackupError."""
+    found = {}
+    try:
+        with tarfile.open(backup.directory / ARCHIVE, "r:gz") as tar:
+            for member in tar:
+                path = "/" + member.name
+                if member.isreg() and wanted(path) and (file := tar.extractfile(member)):
+                    found[path] = file.read()
+    except (OSError, tarfile.TarError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise BackupError(f"backup {backup.directory} can't be read: {why}") from None
+    return found
 
 
 def put_back(root: Root, backup: Backup, paths: Iterable[str]) -> list[str]:

@@ -160,6 +160,10 @@ class RotateCertificates:
         layout = await asyncio.to_thread(self._read_layout_or_none, target)
         return await self._rotation.resume(layout, steps)
 
+    async def restore(self, backup: str, steps: Steps) -> Outcome:
+        """`upkeep-remediator restore BACKUP`: put a backup's PKI back and in use. FixError."""
+        return await self._rotation.restore(backup, steps)
+
     def _read_layout_or_none(self, target: Target) -> Layout | None:
         try:
             return self._read_layout(target)

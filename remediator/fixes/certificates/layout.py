@@ -25,6 +25,10 @@ from exporter.checks.certificates.layouts import (
 from exporter.checks.certificates.parsing import load_yaml
 from remediator.model import CheckError
 
+ETCD_MANIFEST = f"{MANIFESTS}/etcd.yaml"
+ETCD_STASH = f"{KUBERNETES_DIRECTORY}/.upkeep-etcd.yaml"
+"""Where etcd's manifest is while a recovery has stopped it."""
+
 
 class Pair(msgspec.Struct, frozen=True, kw_only=True):
     """One leaf of kubeadm's with its key, as it's on disk now."""
@@ -80,7 +84,7 @@ def read_layout(root: Root) -> Layout:
 
 
 def _etcd(root: Root, pki: str) -> str:
-    if root.exists(f"{MANIFESTS}/etcd.yaml"):
+    if root.exists(ETCD_MANIFEST) or root.exists(ETCD_STASH):
         return "stacked"
     if etcd_environment(root):
         return "host"

@@ -4,7 +4,7 @@ import msgspec
 
 from exporter.checks.certificates import Root
 from exporter.checks.certificates.components import MANIFESTS
-from remediator.fixes.certificates.layout import Layout
+from remediator.fixes.certificates.layout import ETCD_STASH, Layout
 from remediator.fixes.certificates.settings import Settings
 
 COMPONENTS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
@@ -42,7 +42,10 @@ class RefusedError(Exception):
 
 def components_here(root: Root) -> tuple[str, ...]:
     """The control plane's static pods on this node."""
-    return tuple(c for c in COMPONENTS if root.exists(f"{MANIFESTS}/{c}.yaml"))
+    found = {c for c in COMPONENTS if root.exists(f"{MANIFESTS}/{c}.yaml")}
+    if root.exists(ETCD_STASH):
+        found.add("etcd")
+    return tuple(c for c in COMPONENTS if c in found)
 
 
 def saved_configuration(settings: Settings) -> str:

@@ -11,31 +11,50 @@ import time
 from pathlib import Path
 
 from exporter.checks.certificates import Root
-from exporter.checks.certificates.components import MANIFESTS, manifest_flags
+from exporter.checks.certificates.components import manifest_flags
 from remediator.fixes.certificates.backup import sync
+from remediator.fixes.certificates.layout import ETCD_MANIFEST, ETCD_STASH
 from remediator.fixes.certificates.restart import RestartError
 from remediator.fixes.certificates.uptake import Uptake
 from remediator.model import Steps
 
-MANIFEST = f"{MANIFESTS}/etcd.yaml"
-STASH = "/etc/kubernetes/.upkeep-etcd.yaml"
-_STOP_TIMEOUT = 120.0  # seconds: the kubelet looks at the directory every 20
+_KUBELET_TIME = 40.0  # seconds: the kubelet looks at the directory every 20, at least
+_STOP_TIMEOUT = 180.0
+_GONE_FOR = 5.0  # seconds for which no etcd must have been seen
 
 
 async def copy_data(root: Root, uptake: Uptake, target: Path, steps: Steps) -> None:
     """Stop etcd and copy its data; it stays stopped. OSError, RestartError."""
     data = manifest_flags(root, "etcd").get("data-dir", "/var/lib/etcd")
-    async with steps.step("stop etcd", f"move {MANIFEST} to {STASH}") as step:
-        _move(root, MANIFEST, STASH)
-        ends = time.monotonic() + _STOP_TIMEOUT
-        while await asyncio.to_thread(uptake.find, "etcd") is not None:
-            if time.monotonic() > ends:
-                raise RestartError("etcd", f"etcd did not stop within {_STOP_TIMEOUT:g} s")
-            await asyncio.sleep(0.5)
+    async with steps.step("stop etcd", f"move {ETCD_MANIFEST} to {ETCD_STASH}") as step:
+        _move(root, ETCD_MANIFEST, ETCD_STASH)
+        await _await_stop(uptake)
         step.result = "etcd has stopped"
     async with steps.step("copy etcd", f"copy {data}") as step:
         size = await asyncio.to_thread(_copy, Path(root.resolve(data)), target)
         step.result = f"{size >> 20} MiB copied"
+
+
+async def _await_stop(uptake: Uptake) -> None:
+    """Wait until etcd is gone and stays so.
+
+    A kubelet that has not reached the API since it started forgets a pod whose manifest went, but
+    doesn't end it: then we do, and nobody starts it again.
+    """
+    begun = time.monotonic()
+    gone_since: float | None = None
+    while gone_since is None or time.monotonic() - gone_since < _GONE_FOR:
+        now = time.monotonic()
+        process = await asyncio.to_thread(uptake.find, "etcd")
+        if process is None:
+            gone_since = gone_since or now
+        else:
+            gone_since = None
+            if now - begun > _STOP_TIMEOUT:
+                raise RestartError("etcd", f"etcd did not stop within {_STOP_TIMEOUT:g} s")
+            if now - begun > _KUBELET_TIME:
+                await uptake.end(process)
+        await asyncio.sleep(0.5)
 
 
 def _copy(source: Path, target: Path) -> int:
@@ -54,7 +73,7 @@ def _copy(source: Path, target: Path) -> int:
 
 def is_stopped(root: Root) -> bool:
     """Whether etcd's manifest is out of its place by our hand."""
-    return root.exists(STASH) and not root.exists(MANIFEST)
+    return root.exists(ETCD_STASH) and not root.exists(ETCD_MANIFEST)
 
 
 async def start(root: Root, uptake: Uptake, steps: Steps, *, healthy: bool) -> None:
@@ -64,8 +83,8 @@ async def start(root: Root, uptake: Uptake, steps: Steps, *, healthy: bool) -> N
     """
     if not is_stopped(root):
         return
-    async with steps.step("start etcd", f"move {STASH} back to {MANIFEST}"):
-        _move(root, STASH, MANIFEST)
+    async with steps.step("start etcd", f"move {ETCD_STASH} back to {ETCD_MANIFEST}"):
+        _move(root, ETCD_STASH, ETCD_MANIFEST)
         if healthy:
             await uptake.await_healthy("etcd")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from exporter.checks.certificates import Root
 from exporter.checks.certificates.layouts import PKI_DIRECTORIES
-from remediator.fixes.certificates.backup import Backup, BackupError, put_back
+from exporter.checks.certificates.parsing import parse
+from remediator.fixes.certificates.backup import Backup, BackupError, put_back, read_files
 from remediator.fixes.certificates.layout import Layout, PairError, check_pair, read_layout
 from remediator.model import CheckError, FixError, Steps
 
@@ -62,6 +63,19 @@ async def roll_back(root: Root, backup: Backup, steps: Steps) -> Layout:
             raise FixError("RollbackFailed", "the files put back are not those of the backup")
         step.result = f"{len(changed)} files put back"
     return layout
+
+
+def expired_in(backup: Backup, now: float) -> list[str]:
+    """The paths of kubeadm's leafs in a backup that have ended. BackupError."""
+    wanted = read_files(
+        backup,
+        lambda path: _is_kubeadms(path, backup.index.serials) and path.endswith((".crt", ".conf")),
+    )
+    return sorted(
+        path
+        for path, data in wanted.items()
+        if any(c.usage != "ca" and c.not_after <= now for c in parse(data).certificates)
+    )
 
 
 def _is_kubeadms(path: str, names: Mapping[str, str]) -> bool:

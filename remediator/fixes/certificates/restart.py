@@ -58,10 +58,11 @@ class Restarter:
 
     async def restart(self, process: Process) -> Process:
         """End this very process, and return the healthy one that follows it. RestartError."""
-        await self._end(process)
+        await self.end(process)
         return await self.await_healthy(process.component, other_than=process)
 
-    async def _end(self, process: Process) -> None:
+    async def end(self, process: Process) -> None:
+        """End this very process by SIGTERM. RestartError."""
         try:
             descriptor = os.pidfd_open(process.pid)
         except ProcessLookupError:

@@ -39,6 +39,7 @@ from remediator.fixes.certificates.plan import (
 from remediator.fixes.certificates.renewal import (
     RenewalError,
     check_renewed,
+    expired_in,
     is_whole,
     roll_back,
 )
@@ -258,6 +259,50 @@ class Rotation:
             raise FixError(
                 "RestartFailed", f"{why}; the old certificates were put back, but {error}"
             ) from error
+
+    async def restore(self, backup: str, steps: Steps) -> Outcome:
+        """Put the PKI of a backup back and in use; by hand only. FixError.
+
+        backup: its name in backup_directory, or its path on the host.
+        """
+        path = backup if backup.startswith("/") else f"{self._settings.backup_directory}/{backup}"
+        now = self._clock()
+        try:
+            found = await asyncio.to_thread(load, Path(self._root.resolve(path)))
+            if found.index.node != self._node:
+                raise FixError("RestoreRefused", f"{path} is of node {found.index.node}")
+            if expired := await asyncio.to_thread(expired_in, found, now):
+                raise FixError(
+                    "RestoreRefused", f"expired in {path}: {', '.join(expired)}; renew instead"
+                )
+            await self._keep_present(steps)
+            layout = await roll_back(self._root, found, steps)
+            components = components_here(self._root)
+            await self._uptake.restart(components, layout, steps)
+            if "kube-apiserver" in components and self._settings.restart != "none":
+                await self._uptake.verify(components, layout, steps)
+        except (BackupError, OSError) as error:
+            raise FixError("RestoreRefused", f"{error}; nothing was changed") from None
+        except (RestartError, NotServedError) as error:
+            raise FixError("RestartFailed", f"the files of {path} are back, but {error}") from None
+        return Outcome(
+            phase=Phase.SUCCEEDED,
+            reason="Restored",
+            message=f"the PKI of {path} is back and in use",
+        )
+
+    async def _keep_present(self, steps: Steps) -> None:
+        """What is there now goes into a backup of its own: a restore can be a mistake too."""
+        created = datetime.fromtimestamp(self._clock(), UTC)
+        name = created.strftime("%Y%m%dT%H%M%SZ") + "-before-restore"
+        async with steps.step("backup", f"keep what is there now as {name}"):
+            writer = BackupWriter(self._root, self._settings.backup_directory, name)
+            try:
+                files = await asyncio.to_thread(writer.add_files, ())
+                index = Index(node=self._node, created=created, serials={}, files=files)
+                writer.finish(index)
+            finally:
+                writer.discard()
 
     async def resume(self, layout: Layout | None, steps: Steps) -> Outcome:
         """Finish or undo what a dead owner began; by what is on disk, never blindly."""

@@ -101,6 +101,10 @@ class Uptake:
         """Its process, if it runs."""
         return self._restarter.find(component)
 
+    async def end(self, process: Process) -> None:
+        """End this very process by SIGTERM. RestartError."""
+        await self._restarter.end(process)
+
     async def _await_quorum(self, layout: Layout) -> None:
         """Every member healthy before one goes; the wait is for one that is just coming back."""
         access = find_access(self._root, layout.pki)

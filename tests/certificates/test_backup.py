@@ -1,0 +1,210 @@
+"""The way back: restoring, full disks, cut snapshots, and copies of admin.conf."""
+
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from exporter.checks.certificates import Root
+from remediator.fixes.certificates.backup import (
+    ARCHIVE,
+    BackupError,
+    BackupWriter,
+    directory_problem,
+    load,
+    prune,
+    space_problem,
+)
+from remediator.fixes.certificates.copies import renew_copy
+from remediator.fixes.certificates.etcd import Member, quorum_problem, snapshot_problem
+from remediator.model import FixError, Phase
+from tests.certificates.conftest import MakePki, StepLog
+from tests.certificates.test_rotate import BACKUPS, NODE, files, rotate, serials, steps
+from tests.cluster.pki import Pki, set_remaining
+
+pytestmark = [pytest.mark.root, pytest.mark.debian]
+
+
+async def rotated(pki: Pki) -> str:
+    """A rotation, and the name of its backup."""
+    fix = rotate(pki)
+    await fix.apply(NODE, await fix.force(NODE), steps(StepLog()))
+    return max(p.name for p in (pki.rootfs / BACKUPS.lstrip("/")).iterdir())
+
+
+async def test_restore_puts_the_pki_back_with_owners_and_modes(
+    make_pki: MakePki, step_log: StepLog
+) -> None:
+    pki = make_pki(timedelta(days=20))
+    key = pki.directory / "pki/apiserver.key"
+    os.chown(key, 12, 34)
+    key.chmod(0o640)
+    before = serials(pki)
+    name = await rotated(pki)
+    key.unlink()
+    (pki.directory / "admin.conf").write_text("")
+    outcome = await rotate(pki).restore(name, steps(step_log))
+    assert (outcome.phase, outcome.reason) == (Phase.SUCCEEDED, "Restored")
+    assert serials(pki) == before
+    found = key.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12, 34, 0o640)
+    assert step_log.names == ["backup", "roll back"]
+
+
+async def test_an_expired_pair_is_never_restored(make_pki: MakePki, step_log: StepLog) -> None:
+    pki = make_pki({"scheduler.conf": timedelta(days=-1)})
+    name = await rotated(pki)
+    before = files(pki.directory)
+    with pytest.raises(FixError, match=r"expired in .*scheduler.conf") as caught:
+        await rotate(pki).restore(name, steps(step_log))
+    assert caught.value.reason == "RestoreRefused"
+    assert files(pki.directory) == before
+
+
+async def test_restoring_what_is_no_whole_backup_is_refused(
+    make_pki: MakePki, step_log: StepLog
+) -> None:
+    pki = make_pki()
+    name = await rotated(pki)
+    with pytest.raises(FixError, match="not a whole backup"):
+        await rotate(pki).restore("no-such", steps(step_log))
+    archive = pki.rootfs / BACKUPS.lstrip("/") / name / ARCHIVE
+    archive.write_bytes(archive.read_bytes()[:-100])
+    before = files(pki.directory)
+    with pytest.raises(FixError, match="not a whole backup"):
+        await rotate(pki).restore(name, steps(step_log))
+    assert files(pki.directory) == before
+
+
+async def test_only_so_many_backups_are_kept(make_pki: MakePki) -> None:
+    pki = make_pki()
+    name = await rotated(pki)
+    folder = pki.rootfs / BACKUPS.lstrip("/")
+    for number in range(7):
+        shutil.copytree(folder / name, folder / f"2020010{number}T000000Z")
+    (folder / ".partial-x").mkdir()
+    (folder / "somebody-elses").mkdir()
+    prune(Root(pki.rootfs), BACKUPS, 3)
+    assert {p.name for p in folder.iterdir()} == {
+        name,
+        "20200106T000000Z",
+        "20200105T000000Z",
+        "somebody-elses",
+    }
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "none", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+async def test_c9_a_full_disk_touches_nothing(make_pki: MakePki, small_disk: Path) -> None:
+    pki = make_pki(timedelta(days=3))
+    target = pki.rootfs / "backups"
+    target.mkdir()
+    subprocess.run(["mount", "--bind", small_disk, target], check=True)
+    try:
+        before = files(pki.directory)
+        condition = await rotate(pki, backup_directory="/backups").check(NODE)
+        assert (condition.broken, condition.reason) == (False, "BackupImpossible")
+        assert "MiB free" in condition.message
+        (target / "filler").write_bytes(bytes(30 * 1024))
+        writer = BackupWriter(Root(pki.rootfs), "/backups", "x")  # it filled up after the check
+        with pytest.raises(BackupError, match="No space left"):
+            writer.add_files(())
+        writer.discard()
+        assert [p.name for p in target.iterdir()] == ["filler"]
+        assert files(pki.directory) == before
+    finally:
+        subprocess.run(["umount", target], check=True)
+
+
+def test_space_counts_what_is_to_be_saved(make_pki: MakePki) -> None:
+    root = Root(make_pki().rootfs)
+    assert space_problem(root, "/var/lib/upkeep/backups") == ""
+    assert "make room" in space_problem(root, "/var/lib/upkeep/backups", extra=1 << 60)
+    assert "absolute" in directory_problem(root, "backups")
+
+
+def test_c10_a_truncated_snapshot_is_seen() -> None:
+    page = bytearray(4096)
+    page[16:20] = (0xED0CDAED).to_bytes(4, "little")
+    data = bytes(page) * 3
+    digest = hashlib.sha256(data).digest()
+    size = len(data)
+    assert snapshot_problem(data[:64], size, digest, digest, size) == ""
+    cut = data[:-40]
+    wrong = hashlib.sha256(cut[:-32]).digest()
+    assert "cut short" in snapshot_problem(cut[:64], size - 72, wrong, cut[-32:], size)
+    assert "of a database of" in snapshot_problem(data[:64], size, digest, digest, size + 1)
+    assert "begin" in snapshot_problem(bytes(64), size, digest, digest, size)
+
+
+def test_c5_no_member_goes_while_another_is_unhealthy() -> None:
+    members = tuple(
+        Member(name=f"m{n}", client_urls=(f"https://10.0.0.{n}:2379",), is_learner=False)
+        for n in range(3)
+    )
+    assert quorum_problem(members, ()) == ""
+    assert "m1" in quorum_problem(members, ("m1",))
+
+
+def test_a_copy_of_the_same_identity_is_renewed(make_pki: MakePki) -> None:
+    pki = make_pki()
+    admin = pki.directory / "admin.conf"
+    copy = pki.rootfs / "root/.kube/config"
+    copy.parent.mkdir(parents=True)
+    old = admin.read_bytes()
+    copy.write_bytes(old)
+    os.chown(copy, 1000, 1001)
+    copy.chmod(0o600)
+    set_remaining(pki.directory, {"admin.conf": timedelta(days=300)})
+    said = renew_copy(Root(pki.rootfs), "/root/.kube/config")
+    assert "renewed" in said
+    assert copy.read_bytes() == admin.read_bytes()
+    assert copy.with_name("config.old").read_bytes() == old
+    for path in (copy, copy.with_name("config.old")):
+        found = path.stat()
+        assert (found.st_uid, found.st_gid) == (1000, 1001)
+        assert stat.S_IMODE(found.st_mode) == 0o600
+    assert "up to date" in renew_copy(Root(pki.rootfs), "/root/.kube/config")
+
+
+@pytest.mark.parametrize("whose", ["other-cluster", "other-user", "token", "garbage"])
+def test_c15_somebody_elses_kubeconfig_is_untouched(
+    make_pki: MakePki, tmp_path: Path, whose: str
+) -> None:
+    pki = make_pki()
+    copy = pki.rootfs / "root/.kube/config"
+    copy.parent.mkdir(parents=True)
+    if whose == "other-cluster":
+        set_remaining(pki.directory, {"ca": timedelta(days=3000)})  # another CA's certificate
+        shutil.copy(pki.directory / "admin.conf", copy)
+        set_remaining(pki.directory, {"ca": timedelta(days=3100)})
+    elif whose == "other-user":
+        shutil.copy(pki.directory / "scheduler.conf", copy)
+    elif whose == "token":
+        copy.write_text("{users: [{name: u, user: {token: abc}}], clusters: []}")
+    else:
+        copy.write_text("no kubeconfig\n")
+    before = files(copy.parent)
+    assert "left alone" in renew_copy(Root(pki.rootfs), "/root/.kube/config")
+    assert files(copy.parent) == before
+
+
+def test_an_unfinished_backup_is_none(make_pki: MakePki) -> None:
+    writer = BackupWriter(Root(make_pki().rootfs), BACKUPS, "x")
+    writer.add_files(())
+    assert writer.partial.name.startswith(".")
+    with pytest.raises(BackupError, match="not a whole backup"):
+        load(writer.partial)
