@@ -106,7 +106,7 @@ class Reader:
     def _read_alert(self, raw: bytes) -> _Outcome:
         try:
             alert = _alert.decode(raw)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             return "invalid", None, f"an alert can't be read: {error}"
         labels: Mapping[str, str] = alert.labels
         fix = labels.get("remediation", "")

@@ -51,6 +51,8 @@ class Source:
             finally:
                 loader.dispose()
             return str(value) if isinstance(value, datetime) else value
+        if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+            raise self.error(path, f"the tag {node.tag!r} has no meaning here; remove it")
         if id(node) in self._seen:
             raise self.error(path, "an alias may not contain itself")
         self._seen.add(id(node))

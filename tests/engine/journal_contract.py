@@ -1,0 +1,219 @@
+"""What every journal must do. A store's test module inherits this class and gives the fixture."""
+
+from datetime import timedelta
+
+import pytest
+
+from remediator.journal import ConflictError, Journal
+from remediator.model import Claim, Condition, Decision, Phase, Step, Target, Verdict
+from tests.engine.support import NODE, STARTED, StubClock, request
+
+ADMIT = Decision(verdict=Verdict.ADMIT, reason="Admitted", message="yes")
+WAIT = Decision(verdict=Verdict.WAIT, reason="NeedsApproval", message="waits")
+MINE = Claim(boot_id="boot-1", pid=100, start_time=5)
+OTHER = Claim(boot_id="boot-1", pid=200, start_time=6)
+SEEN = Condition(broken=True, reason="FileThere", message="there", workload="deployment/a/b")
+
+
+class JournalContract:
+    """Each test gets an empty journal, and the clock that it reads."""
+
+    async def test_a_new_request_is_pending(self, journal: Journal) -> None:
+        accepted = await journal.accept([request()], "r1")
+        assert (accepted.created, accepted.coalesced) == (1, 0)
+        (found,) = await journal.due("mend-file", 10)
+        assert (found.id, found.phase, found.target) == ("r1-0", Phase.PENDING, request().target)
+        assert found.created_at == STARTED
+
+    async def test_alerts_of_one_target_are_one_remediation(self, journal: Journal) -> None:
+        several = [request(fingerprint=f"fp-{i}") for i in range(10)]
+        accepted = await journal.accept(several, "r1")
+        assert (accepted.created, accepted.coalesced) == (1, 9)
+        whole = await journal.get("r1-0")
+        assert whole is not None
+        assert len(whole.alerts) == 10
+
+    async def test_e3_the_same_alert_again_is_one_remediation(self, journal: Journal) -> None:
+        for number in range(5):
+            await journal.accept([request()], f"r{number}")
+        assert len(await journal.find()) == 1
+        await journal.admit("r0-0", ADMIT)
+        await journal.accept([request()], "late")
+        await journal.claim("r0-0", MINE, SEEN, None)
+        await journal.accept([request()], "later")
+        assert [r.phase for r in await journal.find()] == [Phase.RUNNING]
+
+    async def test_after_the_end_the_same_alert_asks_anew(self, journal: Journal) -> None:
+        await journal.accept([request()], "r1")
+        await journal.finish("r1-0", Phase.FAILED, "Refused", "no")
+        accepted = await journal.accept([request()], "r2")
+        assert accepted.created == 1
+        assert [r.id for r in await journal.find()] == ["r2-0", "r1-0"]
+
+    async def test_e4_resolved_cancels_only_when_every_alert_has(self, journal: Journal) -> None:
+        both = [request(fingerprint="a"), request(fingerprint="b")]
+        await journal.accept(both, "r1")
+        gone = await journal.accept([request(fingerprint="a", firing=False)], "r2")
+        assert gone.cancelled == ()
+        gone = await journal.accept([request(fingerprint="b", firing=False)], "r3")
+        assert gone.cancelled == (("r1-0", "mend-file"),)
+        found = await journal.get("r1-0")
+        assert found is not None
+        assert (found.phase, found.reason) == (Phase.SKIPPED, "AlertResolved")
+
+    async def test_e4_resolved_never_touches_what_runs(self, journal: Journal) -> None:
+        await journal.accept([request()], "r1")
+        await journal.admit("r1-0", ADMIT)
+        await journal.claim("r1-0", MINE, SEEN, None)
+        gone = await journal.accept([request(firing=False)], "r2")
+        assert gone.cancelled == ()
+        assert [r.phase for r in await journal.find()] == [Phase.RUNNING]
+
+    async def test_a_late_resolved_of_an_earlier_episode_is_ignored(self, journal: Journal) -> None:
+        await journal.accept([request(starts_at=STARTED + timedelta(hours=1))], "r1")
+        gone = await journal.accept([request(firing=False, starts_at=STARTED)], "r2")
+        assert gone.cancelled == ()
+
+    async def test_order_within_a_message_counts(self, journal: Journal) -> None:
+        message = [
+            request(),
+            request(firing=False),
+            request(starts_at=STARTED + timedelta(seconds=1)),
+        ]
+        accepted = await journal.accept(message, "r1")
+        assert (accepted.created, len(accepted.cancelled)) == (2, 1)
+        assert [r.phase for r in await journal.find()] == [Phase.PENDING, Phase.SKIPPED]
+
+    async def test_resolved_then_firing_again_is_not_lost(self, journal: Journal) -> None:
+        await journal.accept([request()], "r1")
+        await journal.accept([request(firing=False)], "r2")
+        again = await journal.accept([request(starts_at=STARTED + timedelta(minutes=1))], "r3")
+        assert again.created == 1
+
+    async def test_terminal_phases_never_change(self, journal: Journal) -> None:
+        await journal.accept([request()], "r1")
+        await journal.finish("r1-0", Phase.FAILED, "Refused", "no")
+        for phase in (Phase.SUCCEEDED, Phase.SKIPPED, Phase.FAILED):
+            with pytest.raises(ConflictError):
+                await journal.finish("r1-0", phase, "Other", "other")
+        with pytest.raises(ConflictError):
+            await journal.admit("r1-0", ADMIT)
+        with pytest.raises(ConflictError):
+            await journal.claim("r1-0", MINE, SEEN, None)
+        found = await journal.get("r1-0")
+        assert found is not None
+        assert (found.phase, found.reason, found.message) == (Phase.FAILED, "Refused", "no")
+
+    async def test_only_one_claims(self, journal: Journal) -> None:
+        await journal.accept([request()], "r1")
+        with pytest.raises(ConflictError):
+            await journal.claim("r1-0", MINE, SEEN, None)  # Pending: nobody has decided
+        await journal.admit("r1-0", ADMIT)
+        await journal.claim("r1-0", MINE, SEEN, None)
+        with pytest.raises(ConflictError):
+            await journal.claim("r1-0", OTHER, SEEN, None)
+        with pytest.raises(ConflictError):
+            await journal.claim("r1-0", OTHER, None, OTHER)  # not the owner it names
+        taken = await journal.claim("r1-0", OTHER, None, MINE)
+        assert taken.claim == OTHER
+        assert taken.condition == SEEN  # as the first owner saw it
+
+    async def test_steps_belong_to_the_owner(self, journal: Journal) -> None:
+        await journal.accept([request()], "r1")
+        await journal.admit("r1-0", ADMIT)
+        await journal.claim("r1-0", MINE, SEEN, None)
+        step = Step(name="mend", message="mend it", started_at=STARTED, data={"a": 1})
+        await journal.record_step("r1-0", MINE, 0, step)
+        with pytest.raises(ConflictError):
+            await journal.record_step("r1-0", OTHER, 1, step)
+        taken = await journal.claim("r1-0", OTHER, None, MINE)
+        assert taken.steps == (step,)
+        with pytest.raises(ConflictError):
+            await journal.record_step("r1-0", MINE, 1, step)  # the dead one, back from a long sleep
+
+    async def test_the_same_refusal_is_counted_not_added(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        for number in range(4):
+            await journal.accept([request()], f"r{number}")
+            clock.pass_time(60)
+            await journal.finish(f"r{number}-0", Phase.SKIPPED, "Cooldown", f"ends at {number}")
+        (found,) = await journal.find()
+        assert (found.id, found.count, found.message) == ("r0-0", 4, "ends at 3")
+        assert found.last_seen_at == clock.now()
+        await journal.accept([request()], "r9")
+        await journal.finish("r9-0", Phase.SKIPPED, "Paused", "another rule")
+        assert [r.reason for r in await journal.find()] == ["Paused", "Cooldown"]
+
+    async def test_waiting_ends_by_approval_or_expiry(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        await journal.accept([request()], "r1")
+        await journal.wait("r1-0", WAIT, due_in=60, expires_in=100)
+        assert await journal.due("mend-file", 10) == []
+        await journal.approve("r1-0", "ada")
+        (found,) = await journal.due("mend-file", 10)
+        assert (found.approved_by, found.phase) == ("ada", Phase.PENDING)
+        with pytest.raises(ConflictError):
+            await journal.approve("r1-0", "bob")
+        await journal.wait("r1-0", WAIT, due_in=1000, expires_in=1000)
+        clock.pass_time(101)  # the first wait set the expiry, the second didn't move it
+        assert len(await journal.due("mend-file", 10)) == 1
+
+    async def test_pause_and_resume(self, journal: Journal) -> None:
+        assert await journal.pause("mend-file", "ada", "looking into it")
+        assert not await journal.pause("mend-file", "bob", "me too")
+        (pause,) = await journal.pauses()
+        assert (pause.by, pause.why, pause.reason) == ("ada", "looking into it", "Paused")
+        assert await journal.resume("mend-file", "ada")
+        assert not await journal.resume("mend-file", "ada")
+
+    async def test_resume_forgets_the_storm(self, journal: Journal) -> None:
+        await journal.accept([request()], "r1")
+        await journal.admit("r1-0", ADMIT)
+        assert [a.counted for a in await journal.acts("mend-file", 60)] == [True]
+        await journal.pause("mend-file", "the storm breaker", "too many", "StormBreaker")
+        await journal.resume("mend-file", "ada")
+        assert [a.counted for a in await journal.acts("mend-file", 60)] == [False]
+
+    async def test_by_hand_respects_what_is_active(self, journal: Journal) -> None:
+        target = Target(node=NODE, pod="web-1")
+        begun = await journal.begin("mend-file", target, "hand-1", "ada", MINE)
+        assert (begun.phase, begun.claim) == (Phase.ADMITTED, MINE)
+        with pytest.raises(ConflictError, match="hand-1"):
+            await journal.begin("mend-file", target, "hand-2", "bob", OTHER)
+        accepted = await journal.accept([request()], "r1")
+        assert (accepted.created, accepted.coalesced) == (0, 1)
+
+    async def test_an_id_may_be_shortened_while_it_is_unambiguous(self, journal: Journal) -> None:
+        await journal.accept([request("web-1"), request("web-2")], "abcdef")
+        assert await journal.get("abc") is None
+        found = await journal.get("abcdef-1")
+        assert found is not None
+        assert found.target.pod == "web-2"
+        assert await journal.get("abcdef-1%") is None
+
+    async def test_old_records_go_and_refusals_first(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        for number in range(6):
+            await journal.accept([request(f"web-{number}")], f"r{number}")
+            if number % 2:
+                await journal.finish(f"r{number}-0", Phase.SKIPPED, "Cooldown", "no")
+            else:
+                await journal.admit(f"r{number}-0", ADMIT)
+                await journal.claim(f"r{number}-0", MINE, SEEN, None)
+                await journal.finish(f"r{number}-0", Phase.SUCCEEDED, "Mended", "yes")
+        await journal.accept([request("web-9")], "r9")
+        assert await journal.prune(max_age=3600, max_records=3) == 3
+        assert [r.id for r in await journal.find()] == ["r9-0", "r4-0", "r2-0", "r0-0"]
+        clock.pass_time(3601)
+        assert await journal.prune(max_age=3600, max_records=3) == 3
+        assert [r.id for r in await journal.find()] == ["r9-0"]  # active ones stay, however old
+
+    async def test_counts(self, journal: Journal, clock: StubClock) -> None:
+        await journal.accept([request("web-1"), request("web-2")], "r1")
+        await journal.finish("r1-0", Phase.SKIPPED, "Cooldown", "no")
+        counts = await journal.counts()
+        assert counts.active == {("mend-file", Phase.PENDING): 1}
+        assert counts.last == {("mend-file", Phase.SKIPPED): clock.now()}

@@ -1,0 +1,174 @@
+"""The SQLite journal: the contract, and what is SQLite's own."""
+
+import asyncio
+import random
+import sqlite3
+import stat
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from remediator.journal import Accepted, ConflictError, JournalError
+from remediator.journal.sqlite import SqliteJournal
+from remediator.journal.writer import open_journal
+from remediator.model import Phase, Request
+from tests.engine.journal_contract import JournalContract
+from tests.engine.support import STARTED, StubClock, request
+
+
+@pytest.fixture
+def clock() -> StubClock:
+    return StubClock()
+
+
+@pytest.fixture
+async def journal(tmp_path: Path, clock: StubClock) -> AsyncIterator[SqliteJournal]:
+    opened = SqliteJournal(tmp_path / "j" / "remediator.db", clock)
+    yield opened
+    await opened.aclose()
+
+
+class TestSqliteJournal(JournalContract):
+    """The contract on a file."""
+
+
+async def test_durability_is_that_of_a_power_cut(journal: SqliteJournal) -> None:
+    """No test can cut the power: the settings that SQLite documents for it are held instead."""
+    await journal.accept([request()], "r1")
+    connection = open_journal(journal.path, 1.0, 10_000, check=True)
+    assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
+    connection.close()
+    assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
+
+
+async def test_the_store_itself_forbids_two_active_and_a_change_of_the_end(
+    journal: SqliteJournal,
+) -> None:
+    await journal.accept([request()], "r1")
+    connection = sqlite3.connect(journal.path, isolation_level=None)
+    copy = (
+        "INSERT INTO remediations (id, fix, target, target_json, origin, phase, created_at, "
+        "last_seen_at) SELECT 'x', fix, target, target_json, origin, phase, 0, 0 FROM remediations"
+    )
+    with pytest.raises(sqlite3.IntegrityError):
+        connection.execute(copy)
+    await journal.finish("r1-0", Phase.FAILED, "Refused", "no")
+    with pytest.raises(sqlite3.IntegrityError, match="terminal"):
+        connection.execute("UPDATE remediations SET phase = 'Pending'")
+    connection.close()
+
+
+async def test_many_callers_share_a_commit_and_each_gets_his_answer(journal: SqliteJournal) -> None:
+    answers = await asyncio.gather(
+        *(journal.accept([request(f"web-{n % 20}")], f"r{n}") for n in range(200)),
+        journal.finish("nobody", Phase.FAILED, "x", "x"),
+        return_exceptions=True,
+    )
+    assert isinstance(answers.pop(), ConflictError)
+    assert sum(a.created for a in answers if isinstance(a, Accepted)) == 20
+    assert len(await journal.find(limit=1000)) == 20
+
+
+async def test_too_many_waiting_are_refused_until_some_have_ended(
+    tmp_path: Path, clock: StubClock
+) -> None:
+    journal = SqliteJournal(tmp_path / "j.db", clock, max_active=3)
+    await journal.accept([request(f"web-{n}") for n in range(3)], "r1")
+    with pytest.raises(JournalError, match="as many as may"):
+        await journal.accept([request("web-9")], "r2")
+    await journal.finish("r1-0", Phase.FAILED, "x", "x")
+    assert (await journal.accept([request("web-9")], "r3")).created == 1
+    await journal.aclose()
+
+
+async def test_another_process_ending_one_is_seen_by_the_next_alert(
+    journal: SqliteJournal, clock: StubClock
+) -> None:
+    """The memory of known alerts must not outlive what it knows."""
+    await journal.accept([request()], "r1")
+    await journal.accept([request()], "r2")  # known by now
+    other = SqliteJournal(journal.path, clock)
+    await other.finish("r1-0", Phase.FAILED, "x", "x")
+    await other.aclose()
+    assert (await journal.accept([request()], "r3")).created == 1
+
+
+async def test_a_journal_of_something_else_is_refused(tmp_path: Path, clock: StubClock) -> None:
+    path = tmp_path / "other.db"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE other (x)")
+    connection.commit()
+    connection.close()
+    journal = SqliteJournal(path, clock)
+    with pytest.raises(JournalError, match="not a journal of this version"):
+        await journal.accept([request()], "r1")
+    await journal.aclose()
+
+
+async def test_messages_agree_with_a_plain_model(
+    journal: SqliteJournal, seed: int, soak: bool
+) -> None:
+    """Random firing and resolved messages, batched or not, against a few lines that do the same."""
+    choice = random.Random(seed)
+    active: dict[str, dict[str, tuple[float, bool]]] = {}
+    cancelled = 0
+    for number in range(3000 if soak else 300):
+        messages = [
+            [_random_request(choice) for _ in range(choice.randint(1, 6))]
+            for _ in range(choice.randint(1, 5))
+        ]
+        answers = await asyncio.gather(
+            *(journal.accept(m, f"m{number}x{i}") for i, m in enumerate(messages))
+        )
+        for message, answer in zip(messages, answers, strict=True):
+            assert answer.created + answer.coalesced + answer.resolved == len(message)
+            cancelled -= len(answer.cancelled)
+        for message in messages:
+            cancelled += _model(active, message)
+        assert cancelled == 0
+        found = {r.target.pod for r in await journal.find(phase=Phase.PENDING)}
+        assert found == set(active)
+        if choice.random() < 0.3 and active:
+            ended = choice.choice(sorted(active))
+            (chosen,) = await journal.find(phase=Phase.PENDING, target=f"/{ended}/")
+            await journal.finish(chosen.id, Phase.FAILED, "x", "x")
+            del active[ended]
+
+
+def _random_request(choice: random.Random) -> Request:
+    return request(
+        f"web-{choice.randrange(4)}",
+        fingerprint=f"fp-{choice.randrange(3)}",
+        firing=choice.random() < 0.6,
+        starts_at=STARTED + timedelta(seconds=choice.randrange(5)),
+    )
+
+
+def _model(active: dict[str, dict[str, tuple[float, bool]]], message: list[Request]) -> int:
+    """Apply a message; how many were cancelled. A run of resolved ones is judged at its end."""
+    cancelled = 0
+    touched: set[str] = set()
+
+    def judge() -> int:
+        gone = [p for p in touched if p in active and all(r for _, r in active[p].values())]
+        for pod in gone:
+            del active[pod]
+        touched.clear()
+        return len(gone)
+
+    for item in message:
+        pod, started = item.target.pod, item.starts_at.timestamp()
+        if item.firing:
+            cancelled += judge()
+            alerts = active.setdefault(pod, {})
+            if item.fingerprint not in alerts or alerts[item.fingerprint][0] < started:
+                alerts[item.fingerprint] = (started, False)
+        else:
+            touched.add(pod)
+            alert = active.get(pod, {}).get(item.fingerprint)
+            if alert is not None and alert[0] <= started:
+                active[pod][item.fingerprint] = (alert[0], True)
+    return cancelled + judge()
