@@ -15,6 +15,7 @@ from exporter.checks.rollouts import Cause, Stuck
 from exporter.checks.scheduling import over_quota, unjudgeable, why_not
 from exporter.checks.view import ClusterView
 
+_MOST_AT_ONCE = 8  # more old pods than this for one new one are looked at only all together
 _MOST_PICKS = 500  # picks of the ReplicaSet controller looked at for one plan
 
 
@@ -136,7 +137,7 @@ class _Search:
             return Refusal("DoesNotFit", self._nowhere(everything))
         total = len(everything)
         for harmless in (True, False):
-            for count in range(1, total + 1):
+            for count in sorted({*range(1, min(total, _MOST_AT_ONCE) + 1), total}):
                 for split in _splits(count, [len(self.old[one.uid]) for one in self.sets]):
                     plan = self._try(split, harmless=harmless)
                     if plan is not None:
