@@ -140,7 +140,7 @@ def test_usage(uses: list[x509.ObjectIdentifier] | None, usage: str, *, ca: bool
     begins=st.datetimes(datetime(1950, 1, 1), datetime(9000, 1, 1)),  # noqa: DTZ001
     days=st.integers(0, 300_000),
     serial=st.integers(1, 2**158),
-    name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=64),
+    name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=16),
 )
 def test_dates_serials_and_names_are_what_was_signed(
     begins: datetime, days: int, serial: int, name: str
@@ -282,6 +282,41 @@ def test_parsed_again_only_when_changed_and_always_then(tmp_path: Path) -> None:
     assert [c.serial for c in reader.read().certificates] == ["03"]
     path.unlink()
     assert reader.read().certificates == ()
+
+
+def test_a_quiet_directory_is_looked_at_quickly_and_no_change_is_missed(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.crt" for number in range(3)]
+    for number, path in enumerate(paths, 1):
+        path.write_bytes(pem(certificate(serial=number)))
+
+    def quiet() -> None:  # as if nothing had happened for long
+        for path in (*tmp_path.iterdir(), tmp_path):
+            os.utime(path, (1, 1))
+
+    def read() -> set[str]:
+        reader.read()
+        return {c.serial for c in reader.read().certificates}
+
+    reader = CertificateReader(Root(tmp_path), ["/*.crt"])
+    quiet()
+    assert read() == {"01", "02", "03"}
+    paths[0].write_bytes(pem(certificate(serial=4)))  # in place: the directory stays as it is
+    quiet()
+    assert read() == {"04", "02", "03"}
+    (tmp_path / "new").write_bytes(pem(certificate(serial=5)))
+    (tmp_path / "new").rename(paths[1])
+    quiet()
+    assert read() == {"04", "05", "03"}
+    paths[2].unlink()
+    quiet()
+    assert read() == {"04", "05"}
+    (tmp_path / "other").write_bytes(pem(certificate(serial=6)))
+    (tmp_path / "link.crt").symlink_to("other")
+    quiet()
+    assert read() == {"04", "05", "06"}
+    (tmp_path / "other").write_bytes(pem(certificate(serial=7)))
+    quiet()
+    assert read() == {"04", "05", "07"}
 
 
 def test_a_file_replaced_all_the_time_is_never_read_half(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ and after it acts. Files are read by `files`, TLS endpoints by `served`, and `co
 running component uses which file.
 """
 
-from exporter.checks.certificates.files import CertificateReader, Root
+from exporter.checks.certificates.files import CertificateReader
 from exporter.checks.certificates.model import DAY, Certificate, Inventory, ReadError, is_due
+from exporter.checks.certificates.root import Root
 
 __all__ = ["DAY", "Certificate", "CertificateReader", "Inventory", "ReadError", "Root", "is_due"]

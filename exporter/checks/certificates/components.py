@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from exporter.checks.certificates.files import MAX_BYTES, Root
+from exporter.checks.certificates.files import MAX_BYTES
 from exporter.checks.certificates.layouts import KUBERNETES_DIRECTORY, place
 from exporter.checks.certificates.model import Inventory
 from exporter.checks.certificates.parsing import MalformedError, load_yaml
+from exporter.checks.certificates.root import Root
 from exporter.checks.certificates.served import Served
 
 MANIFESTS = f"{KUBERNETES_DIRECTORY}/manifests"

@@ -1,18 +1,11 @@
-"""Find and read certificate files below a root, each parsed once and again only when it changed.
-
-The exporter may see the host's files under a mount (`--path.rootfs`), where an absolute link such
-as kubelet-client-current.pem would lead out into the container's own files: links are followed
-inside the root, as a chroot would.
-"""
+"""Find and read certificate files below a root, each parsed once and again only when it changed."""
 
 import errno
-import fnmatch
 import os
-import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePath, PurePosixPath
+from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import msgspec
@@ -25,13 +18,12 @@ from exporter.checks.certificates.layouts import (
 )
 from exporter.checks.certificates.model import Certificate, Inventory, ReadError
 from exporter.checks.certificates.parsing import Contents, parse
+from exporter.checks.certificates.root import MAGIC, Root
 
 MAX_BYTES = 4 * 1024 * 1024
 _KUBEADM = f"{KUBERNETES_DIRECTORY}/"
-_MAX_LINKS = 40
 _READ_TRIES = 3
 _RACY = 2.0  # seconds; a file changed so shortly before the reading may change unseen after it
-_MAGIC = re.compile(r"[*?\[]")
 _REASONS = {
     errno.EACCES: "permission_denied",
     errno.EPERM: "permission_denied",
@@ -40,111 +32,6 @@ _REASONS = {
     errno.ELOOP: "link_loop",
     errno.ENAMETOOLONG: "not_found",
 }
-
-
-class Root:
-    """The host's file system, wherever it is seen from here."""
-
-    def __init__(self, path: Path = Path("/")) -> None:
-        self._prefix = str(path).rstrip("/")
-
-    def resolve(self, path: str) -> str:
-        """Where a path of the host is to be opened from here, links followed inside the root.
-
-        Raises OSError (ELOOP) for a ring of links. What doesn't exist resolves to itself.
-        """
-        if not self._prefix:
-            return path
-        return self._prefix + self.real(path)
-
-    def _resolve_or_none(self, path: str) -> str | None:
-        try:
-            return self.resolve(path)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                return None
-            raise
-
-    def real(self, path: str) -> str:
-        """The same as the host's own realpath would say it."""
-        rest = list(reversed(PurePosixPath(path).parts[1:]))
-        done: list[str] = []
-        links = 0
-        while rest:
-            part = rest.pop()
-            if part == "..":
-                done = done[:-1]
-                continue
-            here = "/" + "/".join([*done, part])
-            try:
-                target = os.readlink(self._prefix + here)  # noqa: PTH115 - a hot path
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
-                    raise
-                done.append(part)
-                continue
-            links += 1
-            if links > _MAX_LINKS:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-            pure = PurePosixPath(target)
-            if pure.is_absolute():
-                done = []
-            rest.extend(reversed(pure.parts[1:] if pure.is_absolute() else pure.parts))
-        return "/" + "/".join(done)
-
-    def exists(self, path: str) -> bool:
-        """Whether the host has a file or directory of that name."""
-        try:
-            Path(self.resolve(path)).stat()
-        except OSError:
-            return False
-        return True
-
-    def is_link(self, path: str) -> bool:
-        """Whether the host has a link of that name, wherever it leads."""
-        pure = PurePosixPath(path)
-        try:
-            return Path(self.resolve(str(pure.parent)), pure.name).is_symlink()
-        except OSError:
-            return False
-
-    def expand(self, pattern: str) -> Iterator[tuple[str, str | None]]:
-        """Each path that matches, as the host names it and as it is reached from here.
-
-        The second is None for a ring of links. A pattern without wildcards matches itself, whether
-        it exists or not. Raises OSError for a directory that exists but can't be listed.
-        """
-        parts = PurePosixPath(pattern).parts
-        magic = [bool(_MAGIC.search(part)) for part in parts]
-        yield from self._expand("/", parts[1:], magic[1:])
-
-    def _expand(
-        self, above: str, parts: Sequence[str], magic: Sequence[bool]
-    ) -> Iterator[tuple[str, str | None]]:
-        if True not in magic:
-            path = above.rstrip("/") + "/" + "/".join(parts)
-            yield path, self._resolve_or_none(path)
-            return
-        index = magic.index(True)
-        directory = (above.rstrip("/") + "/" + "/".join(parts[:index])).rstrip("/") or "/"
-        try:
-            real = self.resolve(directory)
-            entries = sorted(os.scandir(real), key=lambda entry: entry.name)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        matches = re.compile(fnmatch.translate(parts[index])).match
-        hidden = parts[index].startswith(".")
-        last = index == len(parts) - 1
-        for entry in entries:
-            if not matches(entry.name) or (entry.name.startswith(".") and not hidden):
-                continue
-            path = directory.rstrip("/") + "/" + entry.name
-            if not last:
-                yield from self._expand(path, parts[index + 1 :], magic[index + 1 :])
-            elif entry.is_symlink():
-                yield path, self._resolve_or_none(path)
-            else:
-                yield path, real.rstrip("/") + "/" + entry.name
 
 
 class _Wanted(NamedTuple):
@@ -164,6 +51,17 @@ class _Cached(msgspec.Struct, frozen=True):
     renewable: bool
 
 
+class _Group(msgspec.Struct, frozen=True, kw_only=True):
+    """The files of one pattern that were all right and no links: looked at in one tight loop."""
+
+    directory: tuple[str, tuple[int, ...]]
+    files: tuple[tuple[str, int, int], ...]
+    """Path from here, inode, and when it was last changed in any way (nothing can set that)."""
+    inodes: frozenset[tuple[int, int]]
+    used: dict[str, _Cached]
+    certificates: tuple[Certificate, ...]
+
+
 class CertificateReader:
     """Reads everything that a set of patterns matches; keep it between readings: it remembers.
 
@@ -180,10 +78,10 @@ class CertificateReader:
         """patterns: globs as the host names its files; none means the known layouts."""
         self._root = root
         self._patterns = tuple(patterns) or DEFAULT_PATTERNS
-        self._named = frozenset(p for p in patterns if not _MAGIC.search(p))
+        self._named = frozenset(p for p in patterns if not MAGIC.search(p))
         self._clock = clock
         self._cache: dict[str, _Cached] = {}
-        self._listed: dict[str, tuple[tuple[str, tuple[int, ...]], tuple[_Wanted, ...]]] = {}
+        self._groups: dict[str, _Group] = {}
         self._last = Inventory(certificates=(), errors=())
 
     def read(self) -> Inventory:
@@ -197,7 +95,14 @@ class CertificateReader:
         used: dict[str, _Cached] = {}
         keys: dict[str, bool] = {}
         for pattern in self._patterns:
+            directory = self._directory(pattern)
+            if group := self._unchanged(pattern, directory, seen):
+                seen |= group.inodes
+                used.update(group.used)
+                found.extend(group.certificates)
+                continue
             pending = self._matches(pattern, errors)
+            wanted_here = tuple(reversed(pending))
             while pending:
                 wanted = pending.pop()
                 try:
@@ -214,6 +119,7 @@ class CertificateReader:
                     errors.append(ReadError(path=wanted.path, reason=cached.contents.problem))
                 for reference in cached.contents.references:
                     self._follow(wanted.path, reference.path, pending, errors)
+            self._remember(pattern, directory, wanted_here, used)
         self._cache = used
         inventory = Inventory(certificates=tuple(found), errors=tuple(sorted(set(errors))))
         if inventory != self._last:
@@ -229,10 +135,6 @@ class CertificateReader:
     def _matches(self, pattern: str, errors: list[ReadError]) -> list[_Wanted]:
         required = pattern in self._named
         try:
-            directory, state = self._directory(pattern)
-            listed = self._listed.get(pattern)
-            if listed is not None and state and listed[0] == (directory, state):
-                return list(listed[1])
             matches = [
                 _Wanted(path, here, required)
                 for path, here in self._root.expand(pattern)
@@ -242,28 +144,73 @@ class CertificateReader:
             errors.append(ReadError(path=pattern, reason=_reason(error)))
             return []
         matches.reverse()
-        if state and all(
-            m.here and PurePath(m.here).parent == PurePath(directory) for m in matches
-        ):
-            # No link among them: what they are called can't change but with the directory.
-            self._listed[pattern] = ((directory, state), tuple(matches))
         return matches
 
-    def _directory(self, pattern: str) -> tuple[str, tuple[int, ...]]:
+    def _directory(self, pattern: str) -> tuple[str, tuple[int, ...]] | None:
         """The one directory whose names a pattern asks for, and its state.
 
-        No state where there are several, or none, or it was changed a moment ago (see _RACY).
+        None where there are several, or none, or it was changed a moment ago (see _RACY).
         """
         above = pattern.rpartition("/")[0]
-        if pattern in self._named or _MAGIC.search(above):
-            return "", ()
-        here = self._root.resolve(above or "/")
+        if pattern in self._named or pattern.startswith(_KUBEADM) or MAGIC.search(above):
+            return None
         try:
+            here = self._root.resolve(above or "/")
             found = os.stat(here)  # noqa: PTH116 - a hot path
         except OSError:
-            return "", ()
-        racy = self._clock() - found.st_mtime < _RACY
-        return here, () if racy else _state(found)
+            return None
+        return None if self._clock() - found.st_mtime < _RACY else (here, _state(found))
+
+    def _remember(
+        self,
+        pattern: str,
+        directory: tuple[str, tuple[int, ...]] | None,
+        wanted: Sequence[_Wanted],
+        used: dict[str, _Cached],
+    ) -> None:
+        """Keep a pattern's files as one group, if nothing but a change of theirs can change it."""
+        self._groups.pop(pattern, None)
+        files = [(m.here, used.get(m.path)) for m in wanted]
+        if directory is None or not files:
+            return
+        above = directory[0].rstrip("/")
+        for here, cached in files:
+            if (
+                here is None
+                or here.rpartition("/")[0] != above  # a link's target may be replaced elsewhere
+                or cached is None
+                or not cached.state
+                or cached.contents.problem
+                or cached.contents.references
+            ):
+                return
+        self._groups[pattern] = _Group(
+            directory=directory,
+            files=tuple((here or "", *_brief(c.state)) for here, c in files if c is not None),
+            inodes=frozenset((c.state[0], c.state[1]) for _, c in files if c is not None),
+            used={m.path: used[m.path] for m in wanted},
+            certificates=tuple(x for _, c in files if c is not None for x in c.certificates),
+        )
+
+    def _unchanged(
+        self,
+        pattern: str,
+        directory: tuple[str, tuple[int, ...]] | None,
+        seen: set[tuple[int, int]],
+    ) -> _Group | None:
+        """The group of a pattern, if neither the directory nor any file of it has changed."""
+        group = self._groups.get(pattern)
+        if group is None or group.directory != directory or not seen.isdisjoint(group.inodes):
+            return None
+        look = os.stat
+        try:
+            for here, inode, changed in group.files:
+                found = look(here)
+                if found.st_ctime_ns != changed or found.st_ino != inode:
+                    return None
+        except OSError:
+            return None
+        return group
 
     def _follow(
         self, kubeconfig: str, file: str, pending: list[_Wanted], errors: list[ReadError]
@@ -282,9 +229,10 @@ class CertificateReader:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
         found = os.stat(here)  # noqa: PTH116 - a hot path
         now = _state(found)
-        if now[:2] in seen:
+        inode = now[0], now[1]
+        if inode in seen:
             return None
-        seen.add(now[:2])
+        seen.add(inode)
         cached = self._cache.get(path)
         if cached is None or cached.state != now:
             contents, state = _read_stable(here, self._clock())
@@ -324,6 +272,11 @@ class CertificateReader:
         return _Cached(
             state=state, contents=contents, certificates=tuple(certificates), renewable=renewable
         )
+
+
+def _brief(state: tuple[int, ...]) -> tuple[int, int]:
+    """The inode and the time of change of a `_state`."""
+    return state[1], state[4]
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
