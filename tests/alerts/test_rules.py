@@ -3,6 +3,8 @@
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,42 @@ def test_the_rule_tests_pin_every_wait(name: str, step: int, tmp_path: Path) -> 
     )
     assert done.returncode != 0, f"no test notices {name} with for: {changed}"
     assert name in done.stdout + done.stderr
+
+
+def flags(command: Sequence[str]) -> set[str]:
+    """The flags in a command line."""
+    return {word for word in command if word.startswith("--")}
+
+
+def commands() -> set[tuple[str, ...]]:
+    """Every command line of the remediator that a runbook tells people to type."""
+    pages = "\n".join(path.read_text() for path in RUNBOOKS.glob("*.md"))
+    typed = re.findall(r"(?:    |`)upkeep-remediator ([^`\n]+)", pages)
+    return {tuple(line.split()) for line in typed}
+
+
+def test_the_runbooks_name_commands() -> None:
+    named = {command[0] for command in commands()}
+    assert {"list", "show", "run", "resume", "approve", "check-config"} <= named
+
+
+@pytest.mark.parametrize("command", sorted({(c[0], *sorted(flags(c))) for c in commands()}))
+def test_a_command_of_the_runbooks_exists_with_its_flags(command: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "remediator", command[0], "--help"],
+        cwd=ALERTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {flag for flag in command[1:] if flag not in done.stdout} == set()
+
+
+def test_the_table_of_alerts_says_what_the_rules_say() -> None:
+    table = (ALERTS.parent / "docs/alerts.md").read_text()
+    rows = re.findall(r"^\| (Upkeep\w+) \|.*\| *([^|]*?) *\| ([^|]+) \|$", table, re.MULTILINE)
+    assert {name for name, _, _ in rows} == set(RULES)
+    for name, wait, asks in rows:
+        assert wait.replace(" ", "") == RULES[name].get("for", ""), name
+        assert asks == (f"`{REMEDIABLE[name]}`" if name in REMEDIABLE else "people"), name
