@@ -216,12 +216,8 @@ async def test_c5_a_peer_that_is_not_ready_is_named(kubeadm_cluster: KubeadmClus
 
 
 def test_c12_a_component_that_does_not_come_up_is_rolled_back(
-    no_lease: KubeadmCluster, tmp_path: Path, *, soak: bool
+    no_lease: KubeadmCluster, tmp_path: Path
 ) -> None:
-    if not soak:
-        # Three minutes; the roll-back of files is in test_rotate.py, that of processes in soak.
-        assert no_lease.nodes
-        return
     before = serials(no_lease)
     answer = drive(
         no_lease,
