@@ -2,7 +2,7 @@
 
 No package registry has kubeadm, the control plane or the kubelet as binaries, but Debian 12's
 source package `kubernetes` is the whole tree with its vendored dependencies. The compiler is
-Debian's Go, unpacked and not installed. A first build takes about five minutes on two cores.
+Debian's Go, unpacked and not installed. A first build takes five to ten minutes on two cores.
 
 The tree is from early 2021, so two mends are needed with Go 1.19: the vendored reflect2 1.0.1
 crashes at start on Go >= 1.18 (Debian's 1.0.2 replaces it), and one generated file is missing (the
@@ -161,7 +161,7 @@ def _build(home: Path, progress: Progress) -> Binaries:
     result = home / f"{source_version('kubernetes', progress=progress)}_r{RECIPE}"
     for left in home.glob(".build-*"):  # of a run that was killed; the lock is ours
         shutil.rmtree(left, ignore_errors=True)
-    progress("building Kubernetes from Debian's source package: about five minutes, only once")
+    progress("building Kubernetes from Debian's source package: five to ten minutes, only once")
     cache = home / "go-build"  # kept after a failure: an interrupted build goes on where it was
     with tempfile.TemporaryDirectory(prefix=".build-", dir=home) as folder:
         path = Path(folder)
