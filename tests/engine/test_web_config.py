@@ -1,0 +1,204 @@
+"""The exporter-toolkit web configuration, for both programs: TLS, client certificates, rotation."""
+
+import asyncio
+import contextlib
+import ipaddress
+import ssl
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from exporter.web import Listener, WebConfigError, loopback
+from exporter.web_config import load
+
+
+class Authority:
+    """A certificate authority that writes PEM files."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.file = folder / f"{name}.pem"
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        made = self._builder(self._name, self._key.public_key()).add_extension(
+            x509.BasicConstraints(ca=True, path_length=None), critical=True
+        )
+        self.file.write_bytes(
+            made.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        )
+
+    def issue(self, name: str, san: str = "") -> int:
+        """Write `name.crt` and `name.key`; the serial."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        names: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        if san:
+            names.append(x509.DNSName(san))
+        builder = self._builder(subject, key.public_key()).add_extension(
+            x509.SubjectAlternativeName(names), critical=False
+        )
+        made = builder.sign(self._key, hashes.SHA256())
+        pem = serialization.Encoding.PEM
+        (self.folder / f"{name}.crt").write_bytes(made.public_bytes(pem))
+        (self.folder / f"{name}.key").write_bytes(
+            key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        )
+        return made.serial_number
+
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey
+    ) -> x509.CertificateBuilder:
+        now = datetime.now(UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(hours=1))
+            .not_valid_after(now + timedelta(hours=1))
+        )
+
+
+@contextlib.asynccontextmanager
+async def listening(config: Path) -> AsyncIterator[Listener]:
+    async def hello(_request: web.Request) -> web.Response:
+        return web.Response(text="hello")
+
+    app = web.Application()
+    app.router.add_get("/", hello)
+    listener = Listener(app, ("127.0.0.1", 0), config)
+    await listener.start()
+    try:
+        yield listener
+    finally:
+        await listener.aclose()
+
+
+def client(authority: Authority, certificate: str = "") -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(authority.file))
+    if certificate:
+        folder = authority.folder
+        context.load_cert_chain(folder / f"{certificate}.crt", folder / f"{certificate}.key")
+    return context
+
+
+async def ask(listener: Listener, context: ssl.SSLContext) -> int:
+    """The status of one answer over a new connection."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"https://127.0.0.1:{listener.port}/", ssl=context) as response,
+    ):
+        return response.status
+
+
+async def served(listener: Listener, context: ssl.SSLContext) -> int:
+    """Serial number of what is served."""
+    _, writer = await asyncio.open_connection("127.0.0.1", listener.port, ssl=context)
+    tls = writer.get_extra_info("ssl_object")
+    found = x509.load_der_x509_certificate(tls.getpeercert(binary_form=True)).serial_number
+    writer.close()
+    return found
+
+
+TLS = """
+tls_server_config:
+  cert_file: server.crt
+  key_file: server.key
+  client_auth_type: RequireAndVerifyClientCert
+  client_ca_file: clients.pem
+"""
+
+
+async def test_client_certificates_are_demanded_and_their_names_too(tmp_path: Path) -> None:
+    authority, clients = Authority(tmp_path, "ca"), Authority(tmp_path, "clients")
+    stranger = Authority(tmp_path, "strangers")
+    authority.issue("server")
+    clients.issue("alertmanager", "alertmanager.example")
+    clients.issue("other", "other.example")
+    stranger.issue("stranger")
+    config = tmp_path / "web.yml"
+    config.write_text(f"{TLS}  client_allowed_sans: [alertmanager.example]\n")
+    async with listening(config) as listener:
+        assert listener.guarded
+        assert await ask(listener, client(authority, "alertmanager")) == 200
+        assert await ask(listener, client(authority, "other")) == 403
+        for bad in ("", "stranger"):
+            with pytest.raises(aiohttp.ClientError):
+                await ask(listener, client(authority, bad))
+
+
+async def test_certificates_and_client_authorities_rotate_without_a_restart(tmp_path: Path) -> None:
+    authority, clients = Authority(tmp_path, "ca"), Authority(tmp_path, "clients")
+    before = authority.issue("server")
+    clients.issue("old")
+    config = tmp_path / "web.yml"
+    config.write_text(TLS)
+    async with listening(config) as listener:
+        assert await served(listener, client(authority, "old")) == before
+        newer = Authority(tmp_path, "clients")  # the same file, another authority
+        newer.issue("new")
+        after = authority.issue("server")
+        ends = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                if await ask(listener, client(authority, "new")) == 200:
+                    break
+            assert time.monotonic() < ends
+            await asyncio.sleep(0.3)
+        assert await served(listener, client(authority, "new")) == after
+        with pytest.raises(aiohttp.ClientError):
+            await ask(listener, client(authority, "old"))
+        # Files that can't be used leave what is in force.
+        (tmp_path / "server.key").write_text("half a key")
+        with pytest.raises(WebConfigError, match=r"server\.key"):
+            await listener.reload()
+        assert await ask(listener, client(authority, "new")) == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("basic_auth_user: {}", "unknown field"),
+        ("basic_auth_users: {ada: secret}", "bcrypt"),
+        ("tls_server_config: {cert_file: a}", "both"),
+        ("tls_server_config: {cert_file: a, key_file: b}", "is no file"),
+        (
+            "tls_server_config: {cert_file: a, key_file: b, client_auth_type: RequestClientCert}",
+            "can't be had",
+        ),
+        (
+            "tls_server_config: {cert_file: a, key_file: b, client_ca_file: c}",
+            "go together",
+        ),
+        ("tls_server_config: {cert_file: a, key_file: b, min_version: TLS10}", "TLS12"),
+        ("a: [", "not YAML"),
+        ("7", "Expected"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_words(tmp_path: Path, text: str, words: str) -> None:
+    config = tmp_path / "web.yml"
+    config.write_text(text)
+    with pytest.raises(WebConfigError, match=words) as raised:
+        Listener(web.Application(), ("127.0.0.1", 0), config).load()
+    assert "secret" not in str(raised.value)
+
+
+def test_an_empty_file_asks_for_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "web.yml"
+    config.write_text("")
+    assert load(config).basic_auth_users == {}
+
+
+def test_what_is_loopback() -> None:
+    assert all(map(loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
+    assert not any(map(loopback, ("", "0.0.0.0", "::", "10.0.0.1", "example.org")))
