@@ -75,11 +75,11 @@ class CheapScan:
         """`ProcfsError`, `CgroupError` where /proc or the cgroups can't be read."""
         before = self._procfs.load()
         live = self._cgroups.live_tasks()
-        known, dead = _scan_of(self._procfs, {b"%d" % pid for pid in self._dead})
-        explained = live.complete and before.tasks - live.total() == len(dead)
-        if explained and self._sees_births and self._procfs.load() == before:
-            self._dead = dead
-            return known
+        if live.complete and self._sees_births and self._procfs.load() == before:
+            known, dead = _scan_of(self._procfs, {b"%d" % pid for pid in self._dead})
+            if before.tasks - live.total() == len(dead) and self._procfs.load() == before:
+                self._dead = dead
+                return known
         self.listed += 1
         names = self._procfs.names()
         for ids in live.lists:  # one after the other: a set of all would double the memory

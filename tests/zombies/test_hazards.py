@@ -328,7 +328,9 @@ async def test_z14_processes_of_a_container_inside_the_container_are_safe(
     node: Node, fix: MakeFix
 ) -> None:
     inner = [str(node.shim), "--pid", "--fork", str(node.program), "--zombies", "60"]
-    container = node.container(program=[*inner, "--parents", "3"])
+    outer = f"import os, subprocess; subprocess.Popen({[*inner, '--parents', '3']!r})"
+    reaping = f"{outer}\nwhile True: os.wait()"  # the inner processes' first one is another
+    container = node.container(program=[sys.executable, "-S", "-c", reaping])
     until(lambda: len(container.zombies()) == 60)
     before = living(container)
     condition, outcome, _ = await run(fix(**GUIDE), container)
@@ -379,6 +381,7 @@ def resident() -> int:
 
 def test_z17_nobody_outside_the_container_may_ever_be_ended(node: Node) -> None:
     container = node.container("--zombies", "6", "--parents", "2")
+    neighbour = node.container("--zombies", "6", "--parents", "2")
     processes = Processes(PROCFS)
     roles: dict[int, Role] = {}
     for name in PROCFS.names():
@@ -387,6 +390,7 @@ def test_z17_nobody_outside_the_container_may_ever_be_ended(node: Node) -> None:
                 roles[int(name)] = processes.parent(int(name), container.ref).role
     ordinary = {pid for pid, role in roles.items() if role is Role.ORDINARY}
     assert container.parents() <= ordinary <= set(container.processes())
+    assert {roles[pid] for pid in neighbour.processes()} == {Role.HOST}
     assert roles[container.first] is Role.FIRST
     assert roles[container.shim.pid] is Role.RUNTIME
     assert roles[os.getpid()] is Role.RUNTIME

@@ -10,13 +10,15 @@ import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
+from remediator.config import Seconds
 from remediator.fixes.zombies import ReapZombies, Settings
 from remediator.model import Step, Steps, Target
 
 
 async def main(rootfs: Path, cgroup: Path, pod: str) -> None:
     """Print what can't be done, then how the fix ended."""
-    fix = ReapZombies(Settings(min_age=0.3, wait_sigchld=1.0, wait_sigterm=5.0), rootfs=rootfs)
+    settings = Settings(min_age=Seconds(0.3), wait_sigchld=Seconds(1.0), wait_sigterm=Seconds(5.0))
+    fix = ReapZombies(settings, rootfs=rootfs)
     (cgroup / "cgroup.procs").write_text("0")
     (cgroup / "pids.max").write_text((cgroup / "pids.current").read_text())
     try:

@@ -22,7 +22,14 @@ from remediator.fixes.zombies.parents import (
     stat_of,
     unchanged,
 )
-from remediator.fixes.zombies.plan import Finding, Level, Settings, level_for, why_not_killed
+from remediator.fixes.zombies.plan import (
+    ADVICE,
+    Finding,
+    Level,
+    Settings,
+    level_for,
+    why_not_killed,
+)
 from remediator.fixes.zombies.restart import Restart
 from remediator.fixes.zombies.signals import Pidfds, Sent
 from remediator.model import FixError, Outcome, Phase, Steps
@@ -93,6 +100,13 @@ class Ladder:
             return self._succeeded("Reaped", "their parents reaped them after SIGCHLD")
         if self._finding.level.reaches(Level.KILL_PARENTS):
             await self._end_parents()
+            if self._ended:
+                log.warning(
+                    "Upkeep ended processes that left zombies",
+                    ended=self._ended,
+                    advice=ADVICE,
+                    **self._finding.names._asdict(),
+                )
             if not self._left:
                 return self._succeeded(
                     "ParentsEnded", f"{self._ended} parents that did not reap were ended"
@@ -178,14 +192,12 @@ class Ladder:
 
         tally = await self._off_loop(lambda: Counter(send(group) for group in groups))
         log.info(
-            "signalled parents of zombies",
+            "Upkeep signalled parents of zombies",
             signal=number.name,
             sent=tally[Sent.SENT],
             gone=tally[Sent.GONE],
             changed=tally[Sent.CHANGED],
-            namespace=self._finding.names.namespace,
-            pod=self._finding.names.pod,
-            container=self._finding.names.container,
+            **self._finding.names._asdict(),
         )
         return tally
 

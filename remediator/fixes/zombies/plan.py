@@ -12,8 +12,14 @@ import msgspec
 from exporter.checks.cgroups import ContainerRef
 from exporter.checks.containers import ContainerNames
 from exporter.checks.zombies import Zombie
+from remediator.config import Seconds
 from remediator.fixes.zombies.facts import PodFacts
 from remediator.fixes.zombies.parents import Group, Reaps, Role
+
+ADVICE = (
+    "To avoid this, run an init such as tini as the container's first process "
+    "(or shareProcessNamespace), and bound the pod's processes with podPidsLimit."
+)
 
 
 class Level(Enum):
@@ -32,7 +38,7 @@ class Level(Enum):
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of `reap-zombies`."""
 
-    min_age: float = 30.0
+    min_age: Seconds = Seconds(30.0)
     """Seconds for which a process must have been seen as a zombie before it counts as stuck."""
     act_at: int = 5
     """Stuck zombies in one container from which on anything is done."""
@@ -45,21 +51,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `kill-parents` for both levels is the ladder of the operators' guide."""
     at_flood: Level = Level.RESTART_CONTAINER
     """How far to go in a flood."""
-    wait_sigchld: float = 15.0
+    wait_sigchld: Seconds = Seconds(15.0)
     """Seconds for the parents to reap after SIGCHLD."""
-    wait_sigterm: float = 15.0
+    wait_sigterm: Seconds = Seconds(15.0)
     """Seconds for the parents to end after SIGTERM."""
-    wait_sigkill: float = 5.0
+    wait_sigkill: Seconds = Seconds(5.0)
     """Seconds for what is left after SIGKILL."""
-    stop_grace: float = 30.0
+    stop_grace: Seconds = Seconds(30.0)
     """Seconds for a container to stop after SIGTERM, unless its pod says another time."""
-    wait_restart: float = 180.0
+    wait_restart: Seconds = Seconds(180.0)
     """Seconds for the kubelet to start the container again."""
-    restart_cooldown: float = 6 * 3600.0
+    restart_cooldown: Seconds = Seconds(6 * 3600.0)
     """Seconds before a container of the same workload may be restarted again."""
     max_restarts: int = 3
     """Restarts of one workload within `restarts_window`; after that people are called."""
-    restarts_window: float = 7 * 86400.0
+    restarts_window: Seconds = Seconds(7 * 86400.0)
     """Seconds for which a restart is remembered."""
     opt_out: tuple[str, ...] = ("kube-system",)
     """NAMESPACE or NAMESPACE/POD whose containers are left alone, known without the API server."""

@@ -16,7 +16,7 @@ from exporter.logs import get_logger
 from remediator.fixes.zombies.facts import RestartHistory
 from remediator.fixes.zombies.off_loop import OffLoop
 from remediator.fixes.zombies.parents import Processes, stat_of
-from remediator.fixes.zombies.plan import Finding, Settings, why_no_restart
+from remediator.fixes.zombies.plan import ADVICE, Finding, Settings, why_no_restart
 from remediator.fixes.zombies.signals import Pidfds, Sent
 from remediator.model import Outcome, Phase, Steps
 
@@ -24,10 +24,6 @@ log = get_logger("remediator.fixes.zombies")
 
 _POLL = 0.5  # seconds
 _TERM = 1 << (SIGTERM - 1)
-ADVICE = (
-    "To avoid this, run an init such as tini as the container's first process "
-    "(or shareProcessNamespace), and bound the pod's processes with podPidsLimit."
-)
 
 
 class Restart:
