@@ -1,6 +1,7 @@
 """Renewing a PKI of the real kubeadm by the real kubeadm: what it does, refuses and puts back."""
 
 import asyncio
+import os
 import stat
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from exporter.checks.certificates import Root
 from remediator.fixes.certificates import RotateCertificates, Settings, commands
 from remediator.fixes.certificates.backup import load
+from remediator.fixes.certificates.kubeadm import certificates_directory
 from remediator.model import CheckError, FixError, Phase, Steps, Target
 from tests.certificates.conftest import MakePki, StepLog
 from tests.cluster.pki import AUTHORITIES, LEAVES, Pki
@@ -230,10 +233,32 @@ async def test_c8_a_clock_before_the_ca_is_refused(make_pki: MakePki) -> None:
     assert (await fix.force(NODE)).reason == "ClockWrong"
 
 
+async def test_c8_a_clock_that_was_set_back_is_refused(make_pki: MakePki) -> None:
+    pki = make_pki(timedelta(days=3))
+    later = (datetime.now(UTC) + timedelta(hours=2)).timestamp()
+    os.utime(pki.directory / "pki/apiserver.crt", (later, later))
+    condition = await rotate(pki).check(NODE)
+    assert condition.reason == "ClockWrong"
+    assert "set back" in condition.message
+
+
 async def test_c14_a_renewal_that_would_not_help_is_refused(make_pki: MakePki) -> None:
     pki = make_pki(timedelta(days=3))
     condition = await rotate(pki, act_below_days=500, act_below_fraction=1.0).check(NODE)
     assert condition.reason == "WouldNotHelp"
+
+
+async def test_the_configuration_must_mean_this_pki(make_pki: MakePki) -> None:
+    pki = make_pki(timedelta(days=3))
+    config = pki.directory / "kubeadm.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("certificatesDir: /etc/kubernetes/pki\n", ""))  # its default
+    assert certificates_directory(Root(pki.rootfs), "/etc/kubernetes/kubeadm.yaml") == ""
+    assert (await rotate(pki).check(NODE)).broken
+    config.write_text(text.replace("/etc/kubernetes/pki", "/etc/kubernetes/ssl"))
+    condition = await rotate(pki).check(NODE)
+    assert condition.reason == "NoConfiguration"
+    assert "/etc/kubernetes/ssl" in condition.message
 
 
 async def test_a_half_written_certificate_is_no_condition_but_an_error(make_pki: MakePki) -> None:

@@ -40,6 +40,7 @@ from remediator.fixes.certificates.plan import (
     saved_configuration,
 )
 from remediator.fixes.certificates.settings import Settings
+from remediator.fixes.certificates.uptake import newest_write
 
 NEW_LIFE_DAYS = 365.0
 """What kubeadm gives a certificate unless its configuration says otherwise."""
@@ -169,6 +170,11 @@ class Preflight:
         now = self._clock()
         for ca in dict.fromkeys(pair.ca for pair in layout.pairs):
             self._check_ca(ca, now)
+        if newest_write(self._root, layout) > now + _CLOCK_TOLERANCE:
+            raise RefusedError(
+                "ClockWrong",
+                "certificates were written later than now: the clock was set back; set it right",
+            )
         for pair in layout.pairs:
             self._check_pair(pair)
         if is_due(
