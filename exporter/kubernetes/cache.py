@@ -23,6 +23,8 @@ log = get_logger("exporter.kubernetes")
 
 T = TypeVar("T")
 
+WATCH_SECONDS = 240.0
+"""How long the server keeps one watch open."""
 TOO_OLD = 120.0
 """Seconds without a sign of life after which a view is no longer worth a metric. A quiet watch
 brings a bookmark a minute."""
@@ -85,18 +87,20 @@ class Reflector(Generic[T]):
         lock: threading.Lock,
         *,
         clock: Callable[[], float] = time.monotonic,
-        changed: Callable[[], None] = lambda: None,
+        watch_seconds: float = WATCH_SECONDS,
     ) -> None:
         self._client = client
         self._resource = resource
+        self._watch_seconds = watch_seconds
         self._lock = lock
         self._clock = clock
-        self._changed = changed
         self._version = ""
         self.confirmed_at: float | None = None
         """Clock time at which the view was last known to be current; None before the first list."""
         self.problem = ""
         """Why it isn't current now, in words; empty while all is well."""
+        self.failing_since = 0.0
+        """Clock time since which there is a problem."""
         self.absent = False
         """An optional resource that can't be had."""
 
@@ -136,15 +140,14 @@ class Reflector(Generic[T]):
         return self.confirmed_at is not None and self._clock() - self.confirmed_at > TOO_OLD / 2
 
     def _note(self, problem: str, *, absent: bool) -> None:
-        absent = absent and self._resource.optional
-        if problem != self.problem:
-            say = log.info if absent else log.warning
-            say("the view of the cluster is incomplete", resource=self.name, why=problem)
-        self.problem, self.absent = problem, absent
+        self.absent = absent and self._resource.optional
+        if self.absent and problem != self.problem:
+            log.info("the view does without a resource", resource=self.name, why=problem)
+        if not self.problem:
+            self.failing_since = self._clock()
+        self.problem = problem  # the collector fails with it, and logs that once
 
     def _confirm(self, at: float) -> None:
-        if self.problem:
-            log.info("the view of the cluster is current again", resource=self.name)
         self.confirmed_at, self.problem, self.absent = at, "", False
 
     async def _list(self) -> None:
@@ -165,7 +168,6 @@ class Reflector(Generic[T]):
                 resource.drop(key)
         self._version = page.resource_version
         self._confirm(asked_at)
-        self._changed()
 
     async def _watch(self) -> None:
         resource = self._resource
@@ -179,7 +181,7 @@ class Reflector(Generic[T]):
                         resource.put(self._read(event.object))
             self._version = meta.resource_version
             self._confirm(self._clock())
-            self._changed()
+        self._confirm(self._clock())  # ended in good order: everything until now has come
 
     def _read(self, raw: msgspec.Raw) -> T:
         try:
@@ -207,14 +209,19 @@ class Cache:
         resources: list[Resource[T]],
         *,
         clock: Callable[[], float] = time.monotonic,
+        watch_seconds: float = WATCH_SECONDS,
     ) -> None:
         self.lock = threading.Lock()
         self.view = view
         self._clock = clock
         self._client = client
-        self.reflectors = [Reflector(client, one, self.lock, clock=clock) for one in resources]
+        self.reflectors = [
+            Reflector(client, one, self.lock, clock=clock, watch_seconds=watch_seconds)
+            for one in resources
+        ]
         self._tasks: list[asyncio.Task[None]] = []
         self._version_known = False
+        self._version_problem = ""
 
     async def start(self) -> None:
         """Begin; returns at once. The view is of use when `age()` is a number."""
@@ -228,7 +235,8 @@ class Cache:
         while True:
             try:
                 version = await self._client.version()
-            except (ApiError, AccessError):
+            except (ApiError, AccessError) as error:
+                self._version_problem = str(error)
                 await asyncio.sleep(_FIRST_PAUSE if not self._version_known else _LONGEST_PAUSE)
                 continue
             with self.lock:
@@ -254,6 +262,11 @@ class Cache:
             return None
         return max(known, default=0.0) if len(known) == len(ages) else None
 
+    def failed_for(self) -> float:
+        """Seconds since a resource began to fail; 0 where none does."""
+        began = [one.failing_since for one in self.reflectors if one.problem and not one.absent]
+        return self._clock() - min(began) if began else 0.0
+
     def problem(self) -> str:
         """What keeps the view from being current, in words; empty if nothing does."""
         for one in self.reflectors:
@@ -263,7 +276,7 @@ class Cache:
             if task.done() and not task.cancelled() and (error := task.exception()):
                 return f"{task.get_name()} ended: {error!r}"
         if not self._version_known:
-            return "the API server's version is not known yet"
+            return self._version_problem or "still reading the API server's version"
         waiting = [
             one.name for one in self.reflectors if one.confirmed_at is None and not one.absent
         ]

@@ -74,13 +74,13 @@ class Scene:
         *,
         labels: Mapping[str, str] | None = None,
         taints: Sequence[dict[str, Any]] = (),
-        **sizes: str,
+        sizes: Mapping[str, str] | None = None,
     ) -> str:
-        """A node that only this scene's pods can use; `sizes` with _ for / and ."""
-        name = f"{self.name}-node-{len(self.nodes)}"
+        """A node that only this scene's pods can use."""
+        name = f"{self.name}-node-{next(_numbers)}"
         self.hollow.add(
             name,
-            allocatable={"cpu": cpu, **{k.replace("__", "/"): v for k, v in sizes.items()}},
+            allocatable={"cpu": cpu, **(sizes or {})},
             labels={"scene": self.name, **(labels or {})},
             taints=taints,
         )
@@ -193,6 +193,11 @@ class Scene:
     def pods(self, name: str) -> list[dict[str, Any]]:
         listed = self.api.request("GET", f"{self.space()}/pods?labelSelector=app={name}")
         items: list[dict[str, Any]] = listed["items"]
+        return items
+
+    def everything(self) -> list[dict[str, Any]]:
+        """Every pod of the namespace."""
+        items: list[dict[str, Any]] = self.api.request("GET", f"{self.space()}/pods")["items"]
         return items
 
     def available(self, name: str) -> int:

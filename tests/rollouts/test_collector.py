@@ -1,6 +1,8 @@
 """The rollouts collector on a real API server: what it says, and when it keeps silent."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +76,10 @@ async def test_a_request_that_fits_nowhere_is_stuck_and_not_unstickable(scene: S
         await until(
             "not unstickable", lambda: series(collector, "upkeep_rollout_unstickable").get(key) == 0
         )
+        report = await asyncio.to_thread(collector.report)
+        (row,) = [row for row in report.rows if row.cells["namespace"] == scene.namespace]
+        assert "fits nowhere" in row.cells["what could be done"]
+        assert row.data["unstickable"] is False
     finally:
         await collector.aclose()
 
@@ -100,8 +106,10 @@ async def test_an_unreadable_kubeconfig_is_named(tmp_path: Path) -> None:
     await collector.start()
     try:
         await asyncio.sleep(0.5)
-        with pytest.raises(ViewError, match=r"can't read .*absent\.conf"):
+        with pytest.raises(ViewError, match=r"can't read .*absent\.conf.*--kubeconfig"):
             list(collector.collect())
+        with pytest.raises(ViewError, match=r"can't read .*absent\.conf.*--kubeconfig"):
+            await asyncio.to_thread(collector.report)
     finally:
         await collector.aclose()
 
@@ -111,3 +119,73 @@ async def test_without_any_kubeconfig_there_is_nothing_to_say() -> None:
     await collector.start()
     assert list(collector.collect()) == []
     await collector.aclose()
+
+
+async def test_r17_a_silent_api_server_leaves_no_series_behind(scene: Scene) -> None:
+    """It hangs without closing a connection: the series end when the view is too old."""
+    scene.node(cpu="2")
+    name = scene.run(scene.deployment(cpu="1"))
+    scene.release(name, cpu="3")
+    scene.wait_stuck(name)
+    config = Config(kubeconfig=scene.plane.kubeconfig)
+    collector = RolloutsCollector(config, environ={}, too_old=15.0, watch_seconds=3.0)
+    await collector.start()
+    server = scene.plane.components["kube-apiserver"].pid
+    assert server is not None
+    try:
+        key = (scene.namespace, name)
+        await until("a view", lambda: series(collector, "upkeep_rollout_unstickable").get(key) == 0)
+        os.kill(server, signal.SIGSTOP)
+        await asyncio.sleep(20)
+        with pytest.raises(ViewError, match="s old"):
+            list(collector.collect())
+        os.kill(server, signal.SIGCONT)
+        scene.patch(name, {"metadata": {"annotations": {"wake": "up"}}})
+        await until(
+            "the view again", lambda: series(collector, "upkeep_rollout_unstickable").get(key) == 0
+        )
+    finally:
+        os.kill(server, signal.SIGCONT)
+        await collector.aclose()
+
+
+async def test_r17_a_restarted_api_server_is_followed_again(scene: Scene) -> None:
+    scene.node(cpu="1500m")
+    name = scene.run(scene.deployment(cpu="1"))
+    collector = RolloutsCollector(Config(kubeconfig=scene.plane.kubeconfig), environ={})
+    await collector.start()
+    try:
+        key = (scene.namespace, name)
+        await until("a view", lambda: series(collector, "upkeep_rollout_view_age_seconds") != {})
+        scene.plane.restart("kube-apiserver", kill=True)
+        scene.release(name)
+        await until(
+            "unstickable", lambda: series(collector, "upkeep_rollout_unstickable").get(key) == 1
+        )
+    finally:
+        await collector.aclose()
+
+
+async def test_r7_stateful_sets_are_reported_only(scene: Scene) -> None:
+    scene.node(cpu="500m")
+    stateful = scene.deployment("db", cpu="1")
+    stateful["kind"] = "StatefulSet"
+    spec = stateful["spec"]
+    for key in ("strategy", "progressDeadlineSeconds"):
+        del spec[key]
+    spec["serviceName"] = "db"
+    scene.api.request("POST", f"{scene.space('apps/v1')}/statefulsets", stateful)
+    scene.wait_stuck("db")
+    collector = RolloutsCollector(Config(kubeconfig=scene.plane.kubeconfig), environ={})
+    await collector.start()
+    try:
+        reported = (scene.namespace, "StatefulSet", "db")
+        await until(
+            "reported",
+            lambda: reported in series(collector, "upkeep_workload_unschedulable_seconds"),
+        )
+        condition, outcome = await scene.unstick("db")
+        assert (condition.broken, outcome) == (False, None)
+    finally:
+        scene.api.request("DELETE", f"{scene.space('apps/v1')}/statefulsets/db")
+        await collector.aclose()

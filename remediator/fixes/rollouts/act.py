@@ -1,73 +1,33 @@
-"""Freeing room for one stuck Deployment, step by step, and taking a step back.
+"""Freeing room for one stuck Deployment, step by step.
 
 One step: note what is about to change, scale one old ReplicaSet down by the least that lets one
-new pod run, and wait until that pod has stayed available. If it doesn't, the old ReplicaSet is
-scaled back, new pods that hold the room without serving are removed, and the old pods are seen
-available again. Every write names the uid and resourceVersion it was decided on.
+new pod run, and wait until that pod has stayed available. `undo` takes a step back.
 """
 
-import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
 from exporter.checks.freeing import Freeing
-from exporter.checks.objects import DELETION_COST, Pod, ReplicaSet
+from exporter.checks.objects import Pod
 from exporter.checks.rollouts import Stuck
 from exporter.checks.scheduling import why_not
 from exporter.kubernetes import ApiError, Client, decode
 from remediator.fixes.rollouts.look import Look, look
 from remediator.fixes.rollouts.mark import Mark, annotation, mark_of
 from remediator.fixes.rollouts.settings import Settings
+from remediator.fixes.rollouts.step import GaveUpError, Open, Taken, newest_of
+from remediator.fixes.rollouts.writes import LOWEST_COST, NUDGE_EVERY, Writes
 from remediator.model import Steps, Target
-
-T = TypeVar("T")
 
 _HOPELESS = frozenset(
     {"ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError"}
 )
 _HOPELESS_AFTER = 30.0  # seconds in such a state; a registry may just hiccup
 _MARK_TIMEOUT = 90.0  # seconds to get past conflicts and an API server that restarts
-_NUDGE_EVERY = 3.0  # seconds between two nudges of a ReplicaSet controller that backs off
 _NO_ROOM_AFTER = 20.0  # seconds the scheduler gets to use the room before anybody looks who did
-
-
-class Taken(msgspec.Struct, frozen=True):
-    """One old ReplicaSet that a step scales down, as kept in the step log."""
-
-    name: str
-    uid: str
-    before: int
-    after: int
-    available: int
-    """How many of its pods were available before."""
-
-
-class Open(msgspec.Struct, frozen=True):
-    """A step that was begun and not yet seen to end: what an undo needs, after a crash too."""
-
-    deployment: str
-    """uid"""
-    newest: str
-    """uid of the newest ReplicaSet"""
-    newest_name: str
-    newest_replicas: int
-    come_up: tuple[str, ...]
-    """uids of its pods that were available before"""
-    taken: tuple[Taken, ...]
-    nodes: tuple[str, ...]
-    """Where its pods were: the room to give back in an undo."""
-
-
-class GaveUpError(Exception):
-    """A step can't succeed; the message says why, `code` is the remediation's reason."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Act:
@@ -88,6 +48,7 @@ class Act:
         self.holder, self.now, self.sleep = holder, now, sleep
         self.open: Open | None = None
         """The step under way; whoever is interrupted with one undoes it."""
+        self.writes = Writes(api, settings, now=now, sleep=sleep)
         self.freed = 0
         """Pods freed so far, each replaced by a new one that came up."""
 
@@ -174,16 +135,17 @@ class Act:
                 for take in plan.takes
             ),
             nodes=tuple(sorted({pod.node for take in plan.takes for pod in take.pods})),
+            costs={p.uid: p.deletion_cost for t in plan.takes if t.steered for p in t.pods},
         )
         data = msgspec.to_builtins(begun)
         async with self.steps.step("free", sentence(plan), **data) as step:
             self.open = begun
             if plan.node and stuck.waiting:
-                await self.reserve(stuck.waiting[0], plan.node)
+                await self.writes.reserve(stuck.waiting[0], plan.node)
             for take in plan.takes:
                 if take.steered:
                     await self._steer(take.pods)
-                await self._scale(take.replica_set, take.after)
+                await self.writes.scale(take.replica_set, take.after)
             step.result = "scaled down"
         async with self.steps.step(
             "come-up", f"Wait for a new pod of {begun.newest_name} to be available"
@@ -192,60 +154,14 @@ class Act:
         self.open = None
         self.freed += sum(len(take.pods) for take in plan.takes)
 
-    async def _scale(self, replica_set: ReplicaSet, replicas: int) -> None:
-        try:
-            await self.api.patch(
-                decode.REPLICA_SETS,
-                replica_set.namespace,
-                replica_set.name,
-                uid=replica_set.uid,
-                resource_version=replica_set.resource_version,
-                change={"spec": {"replicas": replicas}},
-            )
-        except ApiError as error:
-            if error.status == 409:
-                raise GaveUpError(
-                    "ChangedMeanwhile", f"ReplicaSet {replica_set.name} was changed meanwhile"
-                ) from None
-            if not error.temporary:
-                raise GaveUpError("ApiRefused", str(error)) from None
-            # The answer was lost, perhaps not the write: waiting and the undo look at what is.
-
-    async def reserve(self, pod: Pod, node: str | None) -> None:
-        """Have the scheduler keep room on `node` for this waiting pod; None ends that.
-
-        `nominatedNodeName` is what preemption itself sets: pods of the same or a lower priority
-        are then not placed into that room. Where it may not be set, the room is open to others.
-        """
-        with contextlib.suppress(ApiError):
-            await self.api.patch(
-                decode.POD_STATUSES,
-                pod.namespace,
-                pod.name,
-                uid=pod.uid,
-                resource_version=pod.resource_version,
-                change={"status": {"nominatedNodeName": node}},
-            )
-
     async def _steer(self, pods: tuple[Pod, ...]) -> None:
-        """Make the ReplicaSet controller choose these pods (Kubernetes 1.22 and newer)."""
+        """Make the ReplicaSet controller choose these pods."""
         for pod in pods:
-            await self._set_cost(pod, "-2147483647")
-
-    async def _set_cost(self, pod: Pod, cost: str | None) -> None:
-        try:
-            await self.api.patch(
-                decode.PODS,
-                pod.namespace,
-                pod.name,
-                uid=pod.uid,
-                resource_version=pod.resource_version,
-                change={"metadata": {"annotations": {DELETION_COST: cost}}},
-            )
-        except ApiError as error:
-            if error.status == 409:
-                raise GaveUpError("ChangedMeanwhile", f"pod {pod.name} changed meanwhile") from None
-            raise GaveUpError("ApiRefused", str(error)) from None
+            try:
+                await self.writes.set_cost(pod, LOWEST_COST)
+            except ApiError as error:
+                code = "ChangedMeanwhile" if error.status == 409 else "ApiRefused"
+                raise GaveUpError(code, f"pod {pod.name} can't be chosen: {error}") from None
 
     async def come_up(self, begun: Open) -> str:
         """Wait until a further pod of the newest ReplicaSet stayed available; say which."""
@@ -282,7 +198,7 @@ class Act:
                     "NewPodDoesNotStart",
                     f"the new pod {hopeless[0].name} can't start: {hopeless[0].waiting}",
                 )
-            if not pods and clock - nudged_at >= _NUDGE_EVERY:
+            if not pods and clock - nudged_at >= NUDGE_EVERY:
                 # After a refusal by quota the ReplicaSet controller backs off for minutes; an
                 # update of its ReplicaSet (here: the renewed claim) makes it try again at once.
                 nudged_at = clock
@@ -309,99 +225,8 @@ class Act:
                 nodes = found.view.nodes.values()
                 if pod.unschedulable and all(why_not(found.view, pod, node) for node in nodes):
                     raise GaveUpError("RoomTaken", "the freed room was taken by another pod")
-
-    # Undo
-
-    async def undo(self, begun: Open, why: str) -> bool:
-        """Bring the old pods back; True once they are seen available again."""
-        names = ", ".join(f"{taken.name} to {taken.before}" for taken in begun.taken)
-        async with self.steps.step("undo", f"Scale back {names}: {why}") as step:
-            ends = time.monotonic() + self.settings.undo_timeout
-            state = "nothing was seen yet"
-            while time.monotonic() < ends:
-                try:
-                    state = await self._undo_once(begun)
-                except ApiError as error:
-                    state = str(error)
-                if not state:
-                    step.result = "the old pods are available again"
-                    self.open = None
-                    return True
-                await self.sleep(self.settings.poll)
-            step.result = f"not restored: {state}"
-            self.open = None
-            return False
-
-    async def _undo_once(self, begun: Open) -> str:
-        """One round of the undo; empty when all is restored, else what is still missing."""
-        found = await look(self.api, self.target, self.now(), whole=False)
-        if found is None or found.deployment.uid != begun.deployment:
-            return ""  # deleted with everything it owned: nothing of ours is left to restore
-        sets = {one.uid: one for one in found.view.sets_of(found.deployment)}
-        newest = newest_of(found)
-        missing: list[str] = []
-        for taken in begun.taken:
-            old = sets.get(taken.uid)
-            if old is None:
-                return f"ReplicaSet {taken.name} was deleted meanwhile"
-            if newest is not None and newest.uid == old.uid:
-                continue  # rolled back to it meanwhile: the Deployment itself scales it up
-            if old.replicas < taken.before:
-                await self._patch_replicas(old, taken.before)
-                missing.append(f"{taken.name} is being scaled back to {taken.before}")
-                continue
-            pods = found.view.pods_of(old)
-            available = sum(p.available(self.now(), found.deployment.min_ready) for p in pods)
-            if available < min(taken.available, taken.before):
-                missing.append(f"{available} of {taken.available} pods of {old.name} available")
-                waiting = [p for p in pods if p.unschedulable and not p.deletion]
-                if waiting and newest is not None:
-                    for pod, node in zip(waiting, begun.nodes, strict=False):
-                        if pod.nominated != node:
-                            await self.reserve(pod, node)
-                    await self._clear_way(found, newest)
-        if not missing and newest is not None and newest.uid == begun.newest:
-            for pod in found.view.pods_of(newest):
-                if pod.nominated and not pod.node:
-                    await self.reserve(pod, None)
-            await self._drop_surplus(newest, begun)
-        return "; ".join(missing)
-
-    async def _patch_replicas(self, replica_set: ReplicaSet, replicas: int) -> None:
-        await self.api.patch(
-            decode.REPLICA_SETS,
-            replica_set.namespace,
-            replica_set.name,
-            uid=replica_set.uid,
-            resource_version=replica_set.resource_version,
-            change={"spec": {"replicas": replicas}},
-        )
-
-    async def _clear_way(self, found: Look, newest: ReplicaSet) -> None:
-        """Take room from new pods that don't serve, so that the old ones get it back."""
-        for pod in found.view.pods_of(newest):
-            if pod.nominated and not pod.node:
-                await self.reserve(pod, None)
-            if pod.node and pod.deletion is None and pod.ready_since is None:
-                await self.api.delete(
-                    decode.PODS,
-                    pod.namespace,
-                    pod.name,
-                    uid=pod.uid,
-                    resource_version=pod.resource_version,
-                )
-
-    async def _drop_surplus(self, newest: ReplicaSet, begun: Open) -> None:
-        """The Deployment controller filled the gap with new pods that now only wait."""
-        if newest.replicas > begun.newest_replicas:
-            await self._patch_replicas(newest, begun.newest_replicas)
-
-
-def newest_of(found: Look) -> ReplicaSet | None:
-    """The ReplicaSet of the Deployment's current revision."""
-    revision = found.deployment.revision
-    same = [s for s in found.view.sets_of(found.deployment) if revision and s.revision == revision]
-    return same[0] if len(same) == 1 else None
+                if pod.unschedulable:
+                    await self.writes.nudge(pod)
 
 
 def _newest_pods(found: Look) -> list[Pod]:
@@ -434,17 +259,3 @@ def sentence(plan: Freeing) -> str:
         f"{' and '.join(parts)}, which makes room for a new pod{where} "
         f"({plan.available_before} pods available, then at least {plan.available_after})"
     )
-
-
-async def shielded(work: Coroutine[Any, Any, T]) -> T:
-    """Await to the end whatever happens to the waiter, then pass a cancellation on."""
-    task = asyncio.create_task(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled and not task.cancelled() and task.exception() is None:
-        raise asyncio.CancelledError
-    return task.result()

@@ -12,10 +12,12 @@ from exporter.checks.labels import parse_selector
 from exporter.checks.objects import OPT_OUT
 from exporter.checks.rollouts import Moving, Stuck
 from exporter.kubernetes import AccessError, ApiError, Client, decode
-from remediator.fixes.rollouts.act import Act, GaveUpError, Open, newest_of, sentence, shielded
+from remediator.fixes.rollouts.act import Act, sentence
 from remediator.fixes.rollouts.look import Look, look
 from remediator.fixes.rollouts.mark import mark_of
 from remediator.fixes.rollouts.settings import Settings
+from remediator.fixes.rollouts.step import GaveUpError, Open, newest_of, shielded
+from remediator.fixes.rollouts.undo import undo
 from remediator.model import CheckError, Condition, FixError, Outcome, Phase, Steps, Target
 
 _SKIPPED = (
@@ -185,7 +187,11 @@ class UnstickRollout:
         """Drive to the end; whatever breaks in the middle of a step is undone first."""
         try:
             async with act.steps.step(
-                "claim", "Claim the Deployment's newest ReplicaSet", holder=act.holder
+                "claim",
+                "Claim the Deployment's newest ReplicaSet",
+                holder=act.holder,
+                deployment=deployment,
+                newest=newest,
             ):
                 if not await act.claim(deployment, newest):
                     return _outcome(
@@ -200,12 +206,16 @@ class UnstickRollout:
             code = "ApiUnavailable" if error.temporary else "ApiRefused"
             outcome = await shielded(self._step_back(act, code, str(error)))
         except asyncio.CancelledError:
-            await shielded(self._step_back(act, "Interrupted", "the time for the fix was up"))
-            await shielded(self._let_go(act, deployment, newest, ""))
+            await shielded(self._abandon(act, deployment, newest))
             raise
         failed = outcome.message if outcome.phase is Phase.FAILED and _final(outcome.reason) else ""
         await shielded(self._let_go(act, deployment, newest, failed))
         return outcome
+
+    async def _abandon(self, act: Act, deployment: str, newest: str) -> None:
+        """Cancelled: undo and give the claim back in one piece, however often it is repeated."""
+        await self._step_back(act, "Interrupted", "the time for the fix was up")
+        await self._let_go(act, deployment, newest, "")
 
     async def _let_go(self, act: Act, deployment: str, newest: str, failed: str) -> None:
         try:
@@ -223,7 +233,7 @@ class UnstickRollout:
             if code not in _SKIPPED:
                 phase = Phase.FAILED
             return _outcome(phase, code, why)
-        if await act.undo(begun, why):
+        if await undo(act, begun, why):
             return _outcome(Phase.FAILED, code, f"{why}; the old pods are available again")
         return _outcome(Phase.FAILED, "NotRestored", f"{why}; the old pods are not all back")
 
@@ -299,17 +309,19 @@ class UnstickRollout:
 
     async def resume(self, target: Target, steps: Steps) -> Outcome:
         """Finish or undo what a dead owner left: its last step without an end."""
-        begun, holder = _left_open(steps)
+        left = _left_open(steps)
         async with self._connect() as api:
-            act = self._act(api, target, steps, holder or str(uuid.uuid4()))
-            if begun is None:
+            act = self._act(api, target, steps, left.holder or str(uuid.uuid4()))
+            if left.begun is None:
+                if left.holder:
+                    await self._let_go(act, left.deployment, left.newest, "")
                 return _outcome(
                     Phase.FAILED,
                     "Interrupted",
                     "the earlier owner died between two steps; nothing was left half-done",
                 )
-            act.open = begun
-            return await self._guarded_resume(act, begun)
+            act.open = left.begun
+            return await self._guarded_resume(act, left.begun)
 
     async def _guarded_resume(self, act: Act, begun: Open) -> Outcome:
         try:
@@ -325,23 +337,32 @@ class UnstickRollout:
             await shielded(self._let_go(act, begun.deployment, begun.newest, failed))
             return outcome
         except asyncio.CancelledError:
-            await shielded(self._step_back(act, "Interrupted", "the time for the fix was up"))
+            await shielded(self._abandon(act, begun.deployment, begun.newest))
             raise
         return await self._guarded(act, begun.deployment, begun.newest)
 
 
-def _left_open(steps: Steps) -> tuple[Open | None, str]:
-    """The step that was begun and neither came up nor was undone, and the owner's claim."""
+class _Left(msgspec.Struct):
+    """What a dead owner left behind."""
+
     begun: Open | None = None
-    holder = ""
+    """The step that neither came up nor was undone."""
+    holder: str = ""
+    deployment: str = ""
+    newest: str = ""
+    """Its claim: who, and on which uids."""
+
+
+def _left_open(steps: Steps) -> _Left:
+    left = _Left()
     for step in steps.earlier:
         if step.name == "claim":
-            holder = str(step.data.get("holder", ""))
+            left = msgspec.convert({**step.data, "begun": None}, _Left, strict=False)
         elif step.name == "free":
-            begun = msgspec.convert(step.data, Open, strict=False)
+            left.begun = msgspec.convert(step.data, Open, strict=False)
         elif step.name in {"come-up", "undo"} and step.ok:
-            begun = None
-    return begun, holder
+            left.begun = None
+    return left
 
 
 def _final(reason: str) -> bool:

@@ -1,0 +1,70 @@
+"""A step's memory: what it is about to change, kept in the step log before it changes it."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+
+from exporter.checks.objects import ReplicaSet
+from remediator.fixes.rollouts.look import Look
+
+T = TypeVar("T")
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """One old ReplicaSet that a step scales down, as kept in the step log."""
+
+    name: str
+    uid: str
+    before: int
+    after: int
+    available: int
+    """How many of its pods were available before."""
+
+
+class Open(msgspec.Struct, frozen=True):
+    """A step that was begun and not yet seen to end: what an undo needs, after a crash too."""
+
+    deployment: str
+    """uid"""
+    newest: str
+    """uid of the newest ReplicaSet"""
+    newest_name: str
+    newest_replicas: int
+    come_up: tuple[str, ...]
+    """uids of its pods that were available before"""
+    taken: tuple[Taken, ...]
+    nodes: tuple[str, ...]
+    """Where its pods were: the room to give back in an undo."""
+    costs: dict[str, str | None] = {}
+    """The pod deletion costs that were overwritten, by pod uid."""
+
+
+class GaveUpError(Exception):
+    """A step can't succeed; the message says why, `code` is the remediation's reason."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def newest_of(found: Look) -> ReplicaSet | None:
+    """The ReplicaSet of the Deployment's current revision."""
+    revision = found.deployment.revision
+    same = [s for s in found.view.sets_of(found.deployment) if revision and s.revision == revision]
+    return same[0] if len(same) == 1 else None
+
+
+async def shielded(work: Coroutine[Any, Any, T]) -> T:
+    """Await to the end whatever happens to the waiter, then pass a cancellation on."""
+    task = asyncio.create_task(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled and not task.cancelled() and task.exception() is None:
+        raise asyncio.CancelledError
+    return task.result()
