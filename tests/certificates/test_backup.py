@@ -180,6 +180,21 @@ def test_a_copy_of_the_same_identity_is_renewed(make_pki: MakePki) -> None:
     assert "up to date" in renew_copy(Root(pki.rootfs), "/root/.kube/config")
 
 
+def test_a_copy_that_cannot_be_written_is_said_and_no_failure(make_pki: MakePki) -> None:
+    pki = make_pki()
+    folder = pki.rootfs / "root/.kube"
+    folder.mkdir(parents=True)
+    shutil.copy(pki.directory / "admin.conf", folder / "config")
+    set_remaining(pki.directory, {"admin.conf": timedelta(days=300)})
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        said = renew_copy(Root(pki.rootfs), "/root/.kube/config")
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert said == "/root/.kube/config could not be renewed: Read-only file system"
+
+
 @pytest.mark.parametrize("whose", ["other-cluster", "other-user", "token", "garbage"])
 def test_c15_somebody_elses_kubeconfig_is_untouched(
     make_pki: MakePki, tmp_path: Path, whose: str

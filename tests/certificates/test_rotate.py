@@ -131,7 +131,7 @@ async def test_c1_a_renewal_that_fails_half_way_is_rolled_back(
 
     fix = rotate(pki, failing)
     condition = await fix.check(NODE)
-    with pytest.raises(FixError, match="put back") as caught:
+    with pytest.raises(FixError, match="old certificates are back") as caught:
         await fix.apply(NODE, condition, steps(step_log))
     assert caught.value.reason == "RolledBack"
     assert files(pki.directory) == before

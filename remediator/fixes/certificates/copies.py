@@ -16,7 +16,17 @@ ADMIN = "/etc/kubernetes/admin.conf"
 
 
 def renew_copy(root: Root, path: str) -> str:
-    """Renew one copy; the old one stays as PATH.old. What was done, in words. OSError."""
+    """Renew one copy; the old one stays as PATH.old. What was done, or why not, in words.
+
+    A copy that can't be written is no reason to give up a rotation.
+    """
+    try:
+        return _renew_copy(root, path)
+    except OSError as error:
+        return f"{path} could not be renewed: {error.strerror}"
+
+
+def _renew_copy(root: Root, path: str) -> str:
     admin = Path(root.resolve(ADMIN))
     copy = Path(root.resolve(path))
     if not copy.exists():

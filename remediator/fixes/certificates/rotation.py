@@ -198,7 +198,14 @@ class Rotation:
         try:
             await self._renew(plan, backup, begun, steps)
             return await self._use(plan, steps)
-        except (KubeadmError, RenewalError, CheckError, RestartError, NotServedError) as error:
+        except (
+            KubeadmError,
+            RenewalError,
+            CheckError,
+            RestartError,
+            NotServedError,
+            OSError,
+        ) as error:
             await self._undo(plan, backup, begun, steps, why=str(error))
             raise FixError("RolledBack", f"{error}; the old certificates are back") from error
         except asyncio.CancelledError:
@@ -357,7 +364,7 @@ class Rotation:
         if whole and not undone:
             try:
                 return await self._use(plan, steps)
-            except (RestartError, NotServedError) as error:
+            except (RestartError, NotServedError, OSError) as error:
                 why = f"{why}, and {error}"
         elif plan.recovery and layout is not None:
             return await self._change(plan, backup, steps)  # forward is the only way
