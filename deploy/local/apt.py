@@ -1,8 +1,8 @@
 """apt-get with package lists of our own, so that it needs no root and changes nothing.
 
 The machine's own lists may be missing or old, and its third-party sources may be out of reach.
-So Debian's own sources are picked from its configuration (same mirror, same keyring) and read
-into a private folder. All other settings of the machine, such as a proxy, stay in force.
+So the distribution's own sources are picked from its configuration (same mirror, same keyring)
+and read into a private folder. All other settings of the machine, such as a proxy, stay in force.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Literal
 from deploy.local.cache import Progress, exclusive
 
 LISTS_MAX_AGE_SECONDS = 24 * 3600
-ARCHIVE_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+_ARCHIVES = ("debian", "ubuntu")
+_COMPONENTS = ("main", "universe")  # Ubuntu keeps Prometheus and the like in universe
 
 Kind = Literal["deb", "deb-src"]
 
@@ -39,19 +40,22 @@ class Source:
     signed_by: str = ""
     """A path, a fingerprint, or a whole key on several lines; empty: apt's trusted keys."""
 
-    def debian_part(self, codename: str) -> Source | None:
-        """What of it is Debian's own archive of this release, on whatever mirror, if any.
+    def distribution_part(self, codename: str) -> Source | None:
+        """What of it is this release of Debian's or Ubuntu's own archive, on whatever mirror.
 
-        Third parties use the same suite names, so the place must also look like Debian's archive
-        (`…/debian`, `…/debian-security`) and have its component `main`.
+        Third parties use the same suite names, so the place must also look like such an archive
+        (`…/debian`, `…/debian-security`, `…/ubuntu`) and have its component `main`.
         """
         wanted = {codename, f"{codename}-updates", f"{codename}-security"}
         suites = tuple(suite for suite in self.suites if suite.partition("/")[0] in wanted)
         paths = [re.split(r"[/:]+", uri.rstrip("/"))[2:] for uri in self.uris]
-        is_archive = all(any(part.startswith("debian") for part in path) for path in paths)
-        if not (suites and is_archive and "main" in self.components):
+        is_archive = all(
+            "ppa" not in path and any(part.startswith(_ARCHIVES) for part in path) for path in paths
+        )
+        components = tuple(c for c in self.components if c in _COMPONENTS)
+        if not (suites and is_archive and components):
             return None
-        return replace(self, suites=suites, components=("main",))
+        return replace(self, suites=suites, components=components)
 
     def stanza(self, kind: Kind) -> str:
         """The deb822 text for a `.sources` file."""
@@ -111,12 +115,12 @@ def _deb822_sources(text: str) -> Iterator[Source]:
 
 
 def codename() -> str:
-    """This Debian release's name, such as "bookworm"; empty on another system."""
+    """This release of Debian or Ubuntu, such as "bookworm"; empty on another system."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
         return ""
-    return release.get("VERSION_CODENAME", "") if release.get("ID") == "debian" else ""
+    return release.get("VERSION_CODENAME", "") if release.get("ID") in _ARCHIVES else ""
 
 
 def apt_get(
@@ -195,9 +199,13 @@ def _write_configuration(own: Path, kind: Kind) -> Path:
     for folder in ("state/lists/partial", "cache/archives/partial"):
         (own / folder).mkdir(parents=True, exist_ok=True)
     release = codename()
-    official = Source(("http://deb.debian.org/debian",), (release,), ("main",), ARCHIVE_KEYRING)
-    parts = [source.debian_part(release) for source in machine_sources(Path("/etc/apt"))]
-    sources = [part for part in parts if part] or [official]
+    parts = [source.distribution_part(release) for source in machine_sources(Path("/etc/apt"))]
+    sources = [part for part in parts if part]
+    if not sources:
+        raise DebianError(
+            f"no source of {release}'s own archive (main) stands in /etc/apt/sources.list or "
+            "sources.list.d; add the one that this system was installed from"
+        )
     _replace(own / "debian.sources", "\n".join(source.stanza(kind) for source in sources))
     configuration = own / "apt.conf"
     _replace(

@@ -70,7 +70,7 @@ def unpack(*packages: str, progress: Progress = print_progress) -> Path:
     call from several processes at once. The folder appears by a rename when it is complete, so an
     interrupted call leaves nothing that looks finished.
 
-    Raises DebianError if the machine isn't Debian or a package can't be downloaded or unpacked.
+    Raises DebianError if the machine is neither Debian nor Ubuntu, or a package can't be had.
     """
     for package in packages:
         if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", package):
@@ -226,8 +226,8 @@ def _require_apt(names: Sequence[str]) -> None:
     release = codename()
     if not release:
         raise DebianError(
-            f"cannot get {wanted}: this system isn't Debian. Run it on Debian 12 (a virtual "
-            "machine or container will do), or put the programs on PATH yourself"
+            f"cannot get {wanted}: this system is neither Debian nor Ubuntu. Run it on Debian 12 "
+            "(a virtual machine or container will do), or put the programs on PATH yourself"
         )
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:

@@ -90,7 +90,7 @@ def test_only_debians_own_sources_are_read(tmp_path: Path) -> None:
         "Types: deb\nURIs: http://off.example/debian\nSuites: bookworm\nComponents: main\n"
         "Enabled: no\n"
     )
-    found = [s.debian_part("bookworm") for s in machine_sources(tmp_path)]
+    found = [s.distribution_part("bookworm") for s in machine_sources(tmp_path)]
     key = "\n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n AAAA"
     assert [source for source in found if source] == [
         Source(("http://mirror.example/debian",), ("bookworm",), ("main",)),
@@ -103,6 +103,30 @@ def test_only_debians_own_sources_are_read(tmp_path: Path) -> None:
         ),
     ]
     assert len(found) == 7
+
+
+def test_ubuntus_own_archive_is_told_from_others(tmp_path: Path) -> None:
+    parts = tmp_path / "sources.list.d"
+    parts.mkdir()
+    (parts / "ubuntu.sources").write_text(
+        "Types: deb\nURIs: http://mirror.example/ubuntu/\nSuites: noble noble-updates "
+        "noble-backports\nComponents: main restricted universe multiverse\n"
+        f"Signed-By: {KEYRING}\n\n"
+        "Types: deb\nURIs: https://ppa.example/somebody/ppa/ubuntu/\nSuites: noble\n"
+        "Components: main\n"
+    )
+    found = [s.distribution_part("noble") for s in machine_sources(tmp_path)]
+    assert found == [
+        Source(
+            ("http://mirror.example/ubuntu/",),
+            ("noble", "noble-updates"),
+            ("main", "universe"),
+            KEYRING,
+        ),
+        None,
+    ]
+    assert found[0] is not None
+    assert "Components: main universe\n" in found[0].stanza("deb")
 
 
 @pytest.mark.debian
@@ -177,7 +201,7 @@ def test_elsewhere_than_on_debian_a_program_on_path_will_do(
 ) -> None:
     monkeypatch.setattr(debian, "codename", lambda: "")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DebianError, match=r"cannot get prometheus: this system isn't Debian"):
+    with pytest.raises(DebianError, match=r"cannot get prometheus: this system is neither"):
         binary("promtool")
     program = tmp_path / "promtool"
     program.touch(mode=0o755)

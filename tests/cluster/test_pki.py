@@ -19,7 +19,7 @@ from tests.cluster.kubernetes_build import Binaries
 from tests.cluster.pki import AUTHORITIES, LEAVES, Pki, kubeadm_pki, set_remaining
 from tests.cluster.processes import ClusterError
 
-pytestmark = pytest.mark.debian
+pytestmark = [pytest.mark.debian, pytest.mark.cluster]
 
 CLUSTER_LEAVES = set(LEAVES) - {"super-admin.conf"}  # that one came with 1.29
 RENEWED = CLUSTER_LEAVES - {"kubelet.conf"}

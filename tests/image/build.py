@@ -58,7 +58,7 @@ def _make_base(storage: Path, progress: Progress) -> None:
     tree = storage / "base.partial"
     shutil.rmtree(tree, ignore_errors=True)
     progress("making the base image with debootstrap (once; about a minute)")
-    parts = [s.debian_part(codename()) for s in machine_sources(Path("/etc/apt"))]
+    parts = [s.distribution_part(codename()) for s in machine_sources(Path("/etc/apt"))]
     mirrors = [uri for part in parts if part is not None for uri in part.uris]
     packages = "--include=python3,python3-venv,ca-certificates"
     command = ["debootstrap", "--variant=minbase", packages, codename(), str(tree), *mirrors[:1]]
