@@ -1,6 +1,7 @@
 """`upkeep-remediator serve`: puts the parts together, and takes them down in order."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -149,6 +150,8 @@ class Daemon:
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; the exit status."""
         sys.setswitchinterval(_SWITCH)
+        gc.collect()
+        gc.freeze()  # modules never become garbage: looking through them again costs 50 ms a time
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
