@@ -171,7 +171,9 @@ class Reflector(Generic[T]):
 
     async def _watch(self) -> None:
         resource = self._resource
-        async for event in self._client.watch(resource.kind, self._version, labels=resource.labels):
+        async for event in self._client.watch(
+            resource.kind, self._version, labels=resource.labels, timeout=self._watch_seconds
+        ):
             meta = _decode_meta(event.object).metadata
             if event.type != "BOOKMARK":
                 with self._lock:
