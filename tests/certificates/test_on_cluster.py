@@ -236,7 +236,9 @@ def test_c13_expired_certificates_are_recovered(no_lease: KubeadmCluster, tmp_pa
     node = no_lease.nodes[0]
     expire_certificates(no_lease, node, timedelta(days=-1))
     assert no_lease.kubectl("get", "--raw=/readyz", check=False, timeout=20) != "ok"
-    answer = drive(no_lease, tmp_path / "log")
+    left_to_people = drive(no_lease, tmp_path / "first")
+    assert left_to_people.get("reason") == "RecoveryByPerson", left_to_people
+    answer = drive(no_lease, tmp_path / "log", settings={"recovery": "single"})
     assert answer["phase"] == "Succeeded", answer
     assert any("stop etcd" in sentence for sentence in answer["plan"])
     assert_healthy(no_lease)
