@@ -125,7 +125,8 @@ def _remediation(record: dict[str, Any]) -> Remediation:
 
 
 def _step(step: dict[str, Any]) -> str:
-    return f"{step['message']}: {step['result']}" if step.get("result") else str(step["message"])
+    message = str(step["message"]).rstrip(".")
+    return f"{message}: {step['result']}" if step.get("result") else message
 
 
 def _target(target: dict[str, str]) -> str:
