@@ -307,6 +307,7 @@ async def test_e1_e2_killed_at_random_points_nothing_is_lost_or_done_twice(
                 status, _ = await daemon.post(message(*map(alert, pods)))
                 assert status == 200
                 accepted.update(pods)
+                await asyncio.sleep(0.1)  # a stream, and not more than is mended in a minute
 
         killing = asyncio.create_task(stream())
         await asyncio.sleep(ends - time.monotonic() - choice.uniform(0, 0.05))
