@@ -155,9 +155,12 @@ def observe(scene: Scene, act: Callable[[Scene, Path], None], folder: Path) -> s
         while time.monotonic() < ends and not scene.complete("web"):
             time.sleep(0.2)
     words = ["rolled out" if scene.complete("web") else "not rolled out"]
-    words.append(f"{scene.available('web')} pods serve (fewest {watch.fewest})")
+    serving = scene.available("web")
+    words.append(
+        f"{serving} {'pod serves' if serving == 1 else 'pods serve'} (fewest {watch.fewest})"
+    )
     lost = revisions - len(scene.sets("web"))
-    words.append(f"{lost} revisions of its history lost" if lost else "history whole")
+    words.append(f"{lost} revision of its history lost" if lost else "history whole")
     if others:
         words.append(
             "neighbour " + ("kept" if uids(scene.pods("other")) == others else "restarted")
