@@ -10,6 +10,7 @@ import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -21,7 +22,15 @@ from remediator.flags import Flags
 from remediator.host import HostClock, own_claim
 from remediator.journal import ConflictError, JournalError
 from remediator.journal.sqlite import SqliteJournal
-from remediator.model import Phase, Remediation, TargetError, target_from_labels
+from remediator.model import (
+    Condition,
+    Fix,
+    Phase,
+    Remediation,
+    Target,
+    TargetError,
+    target_from_labels,
+)
 from remediator.worker import Worker
 
 
@@ -151,12 +160,34 @@ class _Ended:
         self.message = remediation.message
 
 
+@runtime_checkable
+class Forceable(Fix, Protocol):
+    """A fix that a person may ask for before its condition is due."""
+
+    async def force(self, target: Target) -> Condition:
+        """As `check`, due or not; what forbids acting forbids it all the same."""
+
+
+class _Forced:
+    """The same fix, with the look that a person's `--force` asks for."""
+
+    def __init__(self, fix: Forceable) -> None:
+        self.name, self.deadline = fix.name, fix.deadline
+        self.target_labels, self.reasons = fix.target_labels, fix.reasons
+        self.check, self.apply = fix.force, fix.apply
+        self.verify, self.resume = fix.verify, fix.resume
+
+
 async def _run(given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entry]) -> int:
     """By hand: no cooldown, window, approval or pause; opt-outs and the checks stand."""
     if given.fix not in fixes:
         raise CommandError(f"no such fix: {given.fix}; known: {', '.join(sorted(fixes))}")
     loaded, settings = load_config(flags, fixes)
     fix = make_fixes(flags, settings, {given.fix: fixes[given.fix]})[given.fix]
+    if given.force:
+        if not isinstance(fix, Forceable):
+            raise CommandError(f"{given.fix} acts on what is broken only; leave --force out")
+        fix = _Forced(fix)
     parts = {name: getattr(given, name) for name in ("namespace", "pod", "container", "deployment")}
     labels = {"node": flags.node_name, **parts}
     if missing := [name for name in fix.target_labels if not labels[name]]:

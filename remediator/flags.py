@@ -71,6 +71,9 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
     run = command("run", "run one fix by hand, now")
     _acting(run)
     run.add_argument("fix", metavar="FIX", help="rotate-certificates, reap-zombies, …")
+    run.add_argument(
+        "--force", action="store_true", help="rotate-certificates: renew whether due or not"
+    )
     for part in ("namespace", "pod", "container", "deployment"):
         run.add_argument(f"--{part}", default="", help=f"the target's {part}")
     _output(run)

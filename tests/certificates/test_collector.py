@@ -54,6 +54,7 @@ def text(one: CertificatesCollector) -> str:
 
 
 @pytest.mark.debian
+@pytest.mark.cluster
 def test_promtool_has_nothing_to_say_but_the_days(make_pki: MakePki) -> None:
     pki = make_pki()
     (pki.directory / "scheduler.conf").write_text("garbage\n")
@@ -71,6 +72,7 @@ def test_promtool_has_nothing_to_say_but_the_days(make_pki: MakePki) -> None:
 
 
 @pytest.mark.debian
+@pytest.mark.cluster
 def test_dates_labels_and_errors(make_pki: MakePki) -> None:
     pki = make_pki({"apiserver": timedelta(days=-2), "etcd-ca": timedelta(days=20)})
     real = pki.certificates()
@@ -125,6 +127,7 @@ def control_plane(rootfs: Path, port: int) -> None:
 
 
 @pytest.mark.debian
+@pytest.mark.cluster
 async def test_served_and_stale_until_the_server_has_the_new_one(
     make_pki: MakePki, serve: Serve
 ) -> None:
@@ -168,6 +171,7 @@ async def stale(one: CertificatesCollector, want: float = 0.0) -> float:
 
 
 @pytest.mark.debian
+@pytest.mark.cluster
 def test_what_does_not_answer_is_an_error_and_its_gauges_absent(make_pki: MakePki) -> None:
     pki = make_pki()
     port = free_port()
@@ -183,6 +187,7 @@ def test_what_does_not_answer_is_an_error_and_its_gauges_absent(make_pki: MakePk
 
 
 @pytest.mark.debian
+@pytest.mark.cluster
 def test_c20_no_key_in_any_output(make_pki: MakePki) -> None:
     pki = make_pki()
     keys = b"".join(p.read_bytes() for p in pki.directory.rglob("*.key"))
@@ -203,6 +208,7 @@ def test_c20_no_key_in_any_output(make_pki: MakePki) -> None:
 
 
 @pytest.mark.debian
+@pytest.mark.cluster
 def test_the_table_has_what_ends_first_on_top_and_escapes_names(
     make_pki: MakePki, tmp_path: Path
 ) -> None:

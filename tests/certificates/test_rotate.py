@@ -17,7 +17,7 @@ from remediator.model import CheckError, FixError, Phase, Steps, Target
 from tests.certificates.conftest import MakePki, StepLog
 from tests.cluster.pki import AUTHORITIES, LEAVES, Pki
 
-pytestmark = [pytest.mark.root, pytest.mark.debian]
+pytestmark = [pytest.mark.root, pytest.mark.debian, pytest.mark.cluster]
 
 NODE = Target(node="node-1")
 BACKUPS = "/var/lib/upkeep/backups"
