@@ -18,7 +18,7 @@ from prometheus_client import ProcessCollector
 from prometheus_client.core import CollectorRegistry, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
-from exporter.collectors import Collector
+from exporter.collectors import Collector, PartlyKnownError
 from exporter.logs import get_logger
 
 log = get_logger("exporter.server")
@@ -45,18 +45,23 @@ class _Families:
 class _Run:
     """How one run of a collector ended, and how long it took in seconds."""
 
-    outcome: list[Metric] | Exception
+    families: list[Metric]
+    error: Exception | None
     seconds: float
 
 
 def _run(collector: Collector) -> _Run:
     began = time.monotonic()
-    outcome: list[Metric] | Exception
+    families: list[Metric] = []
+    error: Exception | None = None
     try:
-        outcome = _checked(collector.collect())
-    except Exception as error:  # noqa: BLE001 - one failing collector never fails the scrape
-        outcome = error
-    return _Run(outcome, time.monotonic() - began)
+        try:
+            families = _checked(collector.collect())
+        except PartlyKnownError as partly:
+            families, error = _checked(partly.known), partly
+    except Exception as other:  # noqa: BLE001 - one failing collector never fails the scrape
+        error = other
+    return _Run(families, error, time.monotonic() - began)
 
 
 class Scraper:
@@ -114,10 +119,10 @@ class Scraper:
             if waiting:
                 await asyncio.wait(waiting, timeout=max(timeout - _MARGIN, timeout / 2))
             for name, run in runs.items():
-                found = self._found(name, run)
-                success.add_metric([name], float(found is not None))
+                works, found = self._found(name, run)
+                success.add_metric([name], float(works))
                 duration.add_metric([name], self._seconds(name, run))
-                families.extend(found or ())
+                families.extend(found)
         return families
 
     def _begin(self, name: str) -> Future[_Run]:
@@ -131,17 +136,17 @@ class Scraper:
     def _seconds(self, name: str, run: Future[_Run]) -> float:
         return run.result().seconds if run.done() else time.monotonic() - self._began[name]
 
-    def _found(self, name: str, run: Future[_Run]) -> list[Metric] | None:
+    def _found(self, name: str, run: Future[_Run]) -> tuple[bool, list[Metric]]:
+        """Whether the collector succeeded, and the families it gave."""
         if not run.done():
             self._say_once(name, "it was still busy when the scrape's time was up", None)
-            return None
-        outcome = run.result().outcome
-        if isinstance(outcome, Exception):
-            self._say_once(name, f"{type(outcome).__name__}: {outcome}", outcome)
-            return None
-        if self._failing.pop(name, None) is not None:
+            return False, []
+        ended = run.result()
+        if ended.error is not None:
+            self._say_once(name, f"{type(ended.error).__name__}: {ended.error}", ended.error)
+        elif self._failing.pop(name, None) is not None:
             log.info("the collector works again", collector=name)
-        return outcome
+        return ended.error is None, ended.families
 
     def _say_once(self, name: str, why: str, error: BaseException | None) -> None:
         """Log a failure when it begins or changes, not at every scrape."""

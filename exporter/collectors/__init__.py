@@ -4,12 +4,23 @@ A collector only translates. What "broken" means stands in `exporter.checks`, so
 remediator's re-check can't disagree with the metric that called for it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client.core import Metric
 
 from exporter.config import Config
+
+
+class PartlyKnownError(OSError):
+    """A collector failed, yet knows something worth a series, such as how old its data is.
+
+    `known` is given in the scrape as it is; `upkeep_scrape_collector_success` is 0 all the same.
+    """
+
+    def __init__(self, message: str, known: Sequence[Metric] = ()) -> None:
+        super().__init__(message)
+        self.known = known
 
 
 class Collector(Protocol):
@@ -22,7 +33,8 @@ class Collector(Protocol):
         """The families of one scrape.
 
         Called in a worker thread of its own, never twice at a time. An exception fails this
-        collector alone: its families are left out and `upkeep_scrape_collector_success` is 0.
+        collector alone: its families (but `PartlyKnownError.known`) are left out and
+        `upkeep_scrape_collector_success` is 0.
         """
 
     async def aclose(self) -> None:

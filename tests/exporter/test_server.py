@@ -12,6 +12,7 @@ from aiohttp import web
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from exporter.collectors import PartlyKnownError
 from exporter.server import Scraper, application
 
 
@@ -80,6 +81,20 @@ async def test_a_failing_collector_is_its_own_series() -> None:
     assert seen[_success("bad")] == 0
     assert seen["upkeep_test[('x', 'a')]"] == 1
     assert any(name.startswith("upkeep_build_info") for name in seen)
+
+
+async def test_a_failing_collector_may_still_say_what_it_knows() -> None:
+    def fail(*labels: str) -> Iterable[Metric]:
+        raise PartlyKnownError("the view is too old", _family(*labels))
+
+    async with _served(
+        old=Told(lambda: fail("age")), bad=Told(lambda: fail("twice", "twice"))
+    ) as url:
+        seen = await _scrape(url)
+    assert seen[_success("old")] == 0
+    assert seen["upkeep_test[('x', 'age')]"] == 1
+    assert seen[_success("bad")] == 0
+    assert "upkeep_test[('x', 'twice')]" not in seen
 
 
 async def test_a_duplicate_label_set_never_reaches_prometheus() -> None:
