@@ -9,6 +9,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from exporter.checks.freeing import Freeing, Limits, Refusal, plan_freeing
 from exporter.checks.rollouts import Stuck, examine
 from exporter.checks.view import ClusterView
+from exporter.collectors import PartlyKnownError
 from exporter.config import Config
 from exporter.kubernetes import client, find_kubeconfig, in_cluster
 from exporter.kubernetes.cache import TOO_OLD, WATCH_SECONDS, Cache
@@ -22,8 +23,11 @@ _PATIENCE = 120.0  # seconds that --check waits for a large cluster
 _ENOUGH = 3.0  # seconds of one and the same failure after which it stops waiting
 
 
-class ViewError(OSError):
-    """The view of the cluster can't be trusted now; the sentence says why."""
+class ViewError(PartlyKnownError):
+    """The view of the cluster can't be trusted now; the sentence says why.
+
+    The view's age is known all the same, from the first complete view on.
+    """
 
 
 class RolloutsCollector:
@@ -102,7 +106,12 @@ class RolloutsCollector:
         if age is None:
             raise ViewError(problem)
         if age > self._too_old:
-            raise ViewError(f"the view of the cluster is {age:.0f} s old: {problem or 'no news'}")
+            # The age itself is a series; in the sentence it would be news at every scrape.
+            raise ViewError(
+                f"the view of the cluster is more than {self._too_old:g} s old: "
+                f"{problem or 'no news'}",
+                [_age(age)],
+            )
         return age
 
     def _say(self, said: dict[str, str]) -> None:

@@ -137,8 +137,11 @@ async def test_r17_a_silent_api_server_leaves_no_series_behind(scene: Scene) -> 
         await until("a view", lambda: series(collector, "upkeep_rollout_unstickable").get(key) == 0)
         os.kill(server, signal.SIGSTOP)
         await asyncio.sleep(20)
-        with pytest.raises(ViewError, match="s old"):
+        with pytest.raises(ViewError, match="more than 15 s old") as failure:
             list(collector.collect())
+        (age,) = failure.value.known
+        assert age.name == "upkeep_rollout_view_age_seconds"
+        assert 15 < age.samples[0].value < 60
         os.kill(server, signal.SIGCONT)
         scene.patch(name, {"metadata": {"annotations": {"wake": "up"}}})
         await until(
