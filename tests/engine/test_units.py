@@ -1,0 +1,41 @@
+"""The systemd units, read by systemd itself, which needs no running systemd for that."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deploy.local.debian import require_installed, unpack
+
+_UNITS = Path(__file__).resolve().parent.parent.parent / "deploy" / "systemd"
+
+
+def _verify(folder: Path) -> list[str]:
+    """What `systemd-analyze verify` has to say of the units in `folder`, in lines."""
+    require_installed("libsystemd-shared")  # a library, where systemd itself is only unpacked
+    program = unpack("systemd") / "usr/bin/systemd-analyze"
+    done = subprocess.run(
+        [program, "verify", *sorted(folder.glob("*.service"))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stderr.splitlines()
+
+
+@pytest.mark.root
+@pytest.mark.debian
+def test_systemd_knows_every_setting_of_the_units(tmp_path: Path) -> None:
+    for unit in _UNITS.glob("*.service"):
+        # /opt/upkeep is made by whoever installs; a program that is there stands in for it.
+        text = unit.read_text().replace("/opt/upkeep/bin/upkeep-", f"{tmp_path}/upkeep-")
+        (tmp_path / unit.name).write_text(text)
+    for name in ("upkeep-exporter", "upkeep-remediator"):
+        shutil.copy("/bin/true", tmp_path / name)
+    assert _verify(tmp_path) == []
+    broken = (tmp_path / "upkeep-exporter.service").read_text()
+    (tmp_path / "upkeep-exporter.service").write_text(
+        broken.replace("ProtectSystem=strict", "ProtectSystem=very")
+    )
+    assert any("parse protect system" in line for line in _verify(tmp_path))
