@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 
 import msgspec
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.samples import Sample
 
 from exporter.checks.certificates import (
     DAY,
@@ -33,6 +32,7 @@ from exporter.checks.certificates.components import (
 )
 from exporter.checks.certificates.served import ProbeError, Served, probe
 from exporter.config import Config
+from exporter.exposition import SteadyGauge
 from exporter.logs import get_logger
 from exporter.report import Report, Row
 
@@ -69,9 +69,7 @@ class CertificatesCollector:
         self._clock = clock
         self._reader = CertificateReader(self._root, config.certificate_paths, clock=clock)
         self._observation = _Observation()
-        self._shown: Inventory | None = None
-        self._series: list[tuple[dict[str, str], Certificate]] = []
-        self._constant: list[Metric] = []
+        self._show(Inventory(certificates=(), errors=()))
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -126,16 +124,10 @@ class CertificatesCollector:
         if inventory is not self._shown:
             self._show(inventory)
         now = self._clock()
-        name = "upkeep_certificate_expiry_days"
-        days = Metric(name, "Days until the certificate ends; negative once it has.", "gauge")
-        days.samples = [
-            Sample(name, labels, (certificate.not_after - now) / DAY)
-            for labels, certificate in self._series
-        ]
         observation = self._observation
         errors = sorted({*inventory.errors, *observation.errors})
         return [
-            days,
+            self._days.at([(end - now) / DAY for end in self._ends]),
             *self._constant,
             self._served_family(observation),
             self._stale_family(observation),
@@ -150,19 +142,24 @@ class CertificatesCollector:
             other = by_labels.get(key)
             if other is None or certificate.not_after < other.not_after:
                 by_labels[key] = certificate
-        self._series = [
+        series = [
             ({"node": self._node, **dict(zip(_LABELS, key, strict=True))}, certificate)
             for key, certificate in by_labels.items()
         ]
-        self._constant = []
-        for what, text in (("not_after", "ends"), ("not_before", "begins")):
-            name = f"upkeep_certificate_{what}_timestamp_seconds"
-            family = Metric(name, f"When the certificate {text}, as a Unix time.", "gauge")
-            family.samples = [
-                Sample(name, labels, getattr(certificate, what))
-                for labels, certificate in self._series
-            ]
-            self._constant.append(family)
+        self._ends = [certificate.not_after for _, certificate in series]
+        self._days = SteadyGauge(
+            "upkeep_certificate_expiry_days",
+            "Days until the certificate ends; negative once it has.",
+            [(labels, 0.0) for labels, _ in series],
+        )
+        self._constant = [
+            SteadyGauge(
+                f"upkeep_certificate_{what}_timestamp_seconds",
+                f"When the certificate {text}, as a Unix time.",
+                [(labels, getattr(certificate, what)) for labels, certificate in series],
+            )
+            for what, text in (("not_after", "ends"), ("not_before", "begins"))
+        ]
         self._shown = inventory
 
     def _served_family(self, observation: _Observation) -> Metric:

@@ -13,6 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from exporter.collectors import PartlyKnownError
+from exporter.exposition import SteadyGauge
 from exporter.server import Scraper, application
 
 
@@ -104,6 +105,21 @@ async def test_a_duplicate_label_set_never_reaches_prometheus() -> None:
     assert "upkeep_test[('x', 'a')]" not in seen
 
 
+@pytest.mark.parametrize(
+    "families",
+    [
+        lambda: [SteadyGauge("upkeep_test", "", []), SteadyGauge("upkeep_test", "", [({}, 1)])],
+        lambda: [*_family("a"), SteadyGauge("upkeep_test", "A test.", [({"x": "a"}, 1)])],
+        lambda: [SteadyGauge("upkeep_test", "A test.", [({"x": "a"}, 1)]), *_family("a")],
+    ],
+)
+async def test_nor_does_one_of_a_steady_family(families: Callable[[], Iterable[Metric]]) -> None:
+    async with _served(bad=Told(families)) as url:
+        seen = await _scrape(url)
+    assert seen[_success("bad")] == 0
+    assert not any(name.startswith("upkeep_test") for name in seen)
+
+
 async def test_a_hanging_collector_fails_alone_and_is_not_run_twice() -> None:
     release, runs = threading.Event(), []
 
@@ -144,7 +160,10 @@ async def test_pages_and_compression() -> None:
                 assert answer.status == 200
         raw = aiohttp.ClientSession(auto_decompress=False)
         async with raw, raw.get(f"{url}/metrics", headers={"Accept-Encoding": "gzip"}) as answer:
+            assert answer.headers["Content-Encoding"] == "gzip"
             assert b"upkeep_build_info" in gzip.decompress(await answer.read())
+        async with session.get(f"{url}/metrics", headers={"Accept-Encoding": "br"}) as answer:
+            assert "Content-Encoding" not in answer.headers
         openmetrics = {"Accept": "application/openmetrics-text; version=1.0.0"}
         async with session.get(f"{url}/metrics", headers=openmetrics) as answer:
             assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
