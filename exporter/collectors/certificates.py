@@ -125,7 +125,7 @@ class CertificatesCollector:
             self._show(inventory)
         now = self._clock()
         observation = self._observation
-        errors = sorted({*inventory.errors, *observation.errors})
+        errors = {*inventory.errors, *observation.errors}
         return [
             self._days.at([(end - now) / DAY for end in self._ends]),
             *self._constant,
@@ -138,7 +138,7 @@ class CertificatesCollector:
         """Make what stays the same until a file changes: labels, and the instants' families."""
         by_labels: dict[tuple[str, ...], Certificate] = {}
         for certificate in inventory.certificates:
-            key = tuple(getattr(certificate, label) for label in _LABELS)
+            key = tuple(_utf8(getattr(certificate, label)) for label in _LABELS)
             other = by_labels.get(key)
             if other is None or certificate.not_after < other.not_after:
                 by_labels[key] = certificate
@@ -189,8 +189,8 @@ class CertificatesCollector:
             "1 for each file or endpoint whose certificate could not be read.",
             labels=["node", "path", "reason"],
         )
-        for error in errors:
-            family.add_metric([self._node, error.path, error.reason], 1.0)
+        for path, reason in sorted({(_utf8(error.path), error.reason) for error in errors}):
+            family.add_metric([self._node, path, reason], 1.0)
         return family
 
     def report(self) -> Report:
@@ -225,6 +225,11 @@ class _Thread:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _utf8(text: str) -> str:
+    """A file's name may be any bytes; one that can't be encoded would fail the whole scrape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _row(certificate: Certificate, now: float) -> Row:

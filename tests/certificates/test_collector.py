@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 import subprocess
 import time
 from datetime import timedelta
@@ -118,6 +119,19 @@ def test_series_are_unique_whatever_the_files_say(tmp_path: Path) -> None:
         "upkeep_certificate_not_after_timestamp_seconds"
     ].samples
     assert [s.value for s in samples] == [other.not_valid_after_utc.timestamp()]  # the sooner end
+
+
+def test_file_names_that_are_no_text_do_not_fail_the_scrape(tmp_path: Path) -> None:
+    for name, data in ((b"\xff.crt", pem(certificate())), (b"\xfe.crt", b"garbage")):
+        (tmp_path / os.fsdecode(name)).write_bytes(data)
+    (tmp_path / "\\udcfe.crt").write_bytes(b"garbage")  # reads the same: one series of both
+    lines = text(collector(tmp_path, certificate_paths=("/*.crt",))).splitlines()
+    days = [line for line in lines if line.startswith("upkeep_certificate_expiry_days{")]
+    assert len(days) == 1
+    assert 'path="/\\\\udcff.crt"' in days[0]
+    errors = [line for line in lines if line.startswith("upkeep_certificate_read_errors{")]
+    assert len(errors) == 1
+    assert 'path="/\\\\udcfe.crt"' in errors[0]
 
 
 def control_plane(rootfs: Path, port: int) -> None:
