@@ -76,7 +76,7 @@ class SteadyGauge(Metric):
                 f"{head} {floatToGoString(sample.value)}\n"  # type: ignore[no-untyped-call]
                 for head, sample in zip(heads, self.samples, strict=True)
             ]
-            self._texts[key] = (comments + "".join(lines)).encode()
+            self._texts[key] = "".join([comments, *lines]).encode()
         return self._texts[key]
 
     def _written(self, encode: Encoder) -> tuple[str, list[str]]:
@@ -99,7 +99,8 @@ def text_of(encode: Encoder, families: Sequence[Metric]) -> bytes:
             parts += [family.text(encode) for family in group if isinstance(family, SteadyGauge)]
         else:
             parts.append(_without_end(encode, group))
-    return b"".join(parts) + encode(Families([]))
+    parts.append(encode(Families([])))
+    return b"".join(parts)
 
 
 def _without_end(encode: Encoder, families: Iterable[Metric]) -> bytes:
