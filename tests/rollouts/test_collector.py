@@ -11,7 +11,7 @@ import pytest
 from exporter.collectors.rollouts import RolloutsCollector, ViewError
 from exporter.config import Config
 from tests.cluster.control_plane import ControlPlane
-from tests.rollouts.scene import Scene
+from tests.rollouts.scene import Scene, uids, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.debian]
 
@@ -169,26 +169,39 @@ async def test_r17_a_restarted_api_server_is_followed_again(scene: Scene) -> Non
         await collector.aclose()
 
 
-async def test_r7_stateful_sets_are_reported_only(scene: Scene) -> None:
-    scene.node(cpu="500m")
-    stateful = scene.deployment("db", cpu="1")
-    stateful["kind"] = "StatefulSet"
-    spec = stateful["spec"]
+@pytest.mark.parametrize("kind", ["StatefulSet", "DaemonSet"])
+async def test_r7_stateful_and_daemon_sets_are_reported_only(scene: Scene, kind: str) -> None:
+    """One of its pods serves, the other finds no room; both stay as they are."""
+    for cpu in ("1500m", "500m"):
+        scene.node(cpu=cpu)
+    workload = scene.deployment("db", cpu="1", replicas=2)
+    workload["kind"] = kind
+    spec = workload["spec"]
     for key in ("strategy", "progressDeadlineSeconds"):
         del spec[key]
-    spec["serviceName"] = "db"
-    scene.api.request("POST", f"{scene.space('apps/v1')}/statefulsets", stateful)
+    if kind == "StatefulSet":
+        spec["serviceName"] = "db"
+    else:
+        del spec["replicas"]
+    path = f"{scene.space('apps/v1')}/{kind.lower()}s"
+    scene.api.request("POST", path, workload)
     scene.wait_stuck("db")
+    wait_for("one that serves", lambda: scene.available("db") == 1)
+    before, written = uids(scene.pods("db")), scene.api.request("GET", f"{path}/db")["metadata"]
     collector = RolloutsCollector(Config(kubeconfig=scene.plane.kubeconfig), environ={})
     await collector.start()
     try:
-        reported = (scene.namespace, "StatefulSet", "db")
+        reported = (scene.namespace, kind, "db")
         await until(
             "reported",
             lambda: reported in series(collector, "upkeep_workload_unschedulable_seconds"),
         )
-        condition, outcome = await scene.unstick("db")
+        assert (scene.namespace, "db") not in series(collector, "upkeep_rollout_unstickable")
+        condition, outcome = await scene.unstick("db", scene.fix(selector=""))
         assert (condition.broken, outcome) == (False, None)
+        assert uids(scene.pods("db")) == before
+        after = scene.api.request("GET", f"{path}/db")["metadata"]
+        assert after["generation"] == written["generation"]
     finally:
-        scene.api.request("DELETE", f"{scene.space('apps/v1')}/statefulsets/db")
+        scene.api.request("DELETE", f"{path}/db", {"propagationPolicy": "Background"})
         await collector.aclose()

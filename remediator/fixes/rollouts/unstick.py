@@ -278,12 +278,12 @@ class UnstickRollout:
         return ""
 
     async def _done(self, act: Act, found: Look) -> Outcome:
-        if self._settings.delete_old_replica_sets:
-            await self._delete_old(act, found)
         if not act.freed:
             return _outcome(
                 Phase.SKIPPED, "ConditionCleared", "the rollout went on before anything was done"
             )
+        if self._settings.delete_old_replica_sets:
+            await self._delete_old(act, found)
         return _outcome(
             Phase.SUCCEEDED,
             "RolloutUnstuck",
