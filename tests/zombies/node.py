@@ -18,7 +18,7 @@ from pathlib import Path
 
 from exporter.checks.cgroups import CgroupTree, ContainerRef
 from exporter.checks.containers import ContainerNames
-from exporter.checks.procfs import ProcessGoneError, Procfs
+from exporter.checks.procfs import ProcessGoneError, Procfs, Stat
 
 SOURCE = Path(__file__).parents[1] / "cluster/workloads/zombies.c"
 PROCFS = Procfs()
@@ -55,25 +55,30 @@ class Container:
 
     def zombies(self) -> list[int]:
         """Pids of the zombies below the shim, read the plain way."""
-        return [pid for pid in self.processes() if PROCFS.stat(pid).zombie]
+        return [stat.pid for stat in self._stats() if stat.zombie]
 
     def parents(self) -> set[int]:
         """Parents of its zombies."""
-        return {PROCFS.stat(pid).ppid for pid in self.zombies()}
+        return {stat.ppid for stat in self._stats() if stat.zombie}
 
     def processes(self) -> list[int]:
         """Every process below the shim."""
-        children: dict[int, list[int]] = {}
+        return [stat.pid for stat in self._stats()]
+
+    def _stats(self) -> list[Stat]:
+        """Each read once: what is reaped in between is simply not there."""
+        children: dict[int, list[Stat]] = {}
         for name in PROCFS.names():
             if name.isdigit():
                 with suppress(ProcessGoneError):
                     stat = PROCFS.stat(int(name))
-                    children.setdefault(stat.ppid, []).append(stat.pid)
-        found, pending = [], [self.shim.pid]
+                    children.setdefault(stat.ppid, []).append(stat)
+        found: list[Stat] = []
+        pending = [self.shim.pid]
         while pending:
             more = children.get(pending.pop(), [])
             found += more
-            pending += more
+            pending += [stat.pid for stat in more]
         return found
 
     @property
