@@ -6,7 +6,6 @@ its own series; the others are answered as ever.
 """
 
 import asyncio
-import gzip
 import platform
 import time
 from collections import Counter
@@ -21,14 +20,13 @@ from prometheus_client.core import CollectorRegistry, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from exporter.collectors import Collector, PartlyKnownError
-from exporter.exposition import DuplicateSeriesError, SteadyGauge, text_of
+from exporter.exposition import DuplicateSeriesError, SteadyGauge, gzip_of, text_of
 from exporter.logs import get_logger
 
 log = get_logger("exporter.server")
 
 _SCRAPE_TIMEOUT = 10.0  # seconds, where the scraper doesn't say its own
 _MARGIN = 0.5  # seconds kept back of it, to encode and send the answer
-_GZIP_LEVEL = 1  # half of the usual level's CPU, for an answer a tenth larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +188,11 @@ def application(scraper: Scraper, collectors: Sequence[str]) -> web.Application:
     async def metrics(request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         families = await scraper.scrape(_timeout(request))
-        body = text_of(encode, families)
         headers = {"Content-Type": content_type}
         if gzip_accepted(request.headers.get("Accept-Encoding", "")):
-            body = gzip.compress(body, _GZIP_LEVEL)
             headers["Content-Encoding"] = "gzip"
-        return web.Response(body=body, headers=headers)
+            return web.Response(body=gzip_of(encode, families), headers=headers)
+        return web.Response(body=text_of(encode, families), headers=headers)
 
     async def healthy(_request: web.Request) -> web.Response:
         return web.Response(text="Upkeep exporter is healthy.\n")

@@ -6,6 +6,7 @@ are looked at once a minute, beside the scrapes, so that a dead endpoint never m
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -123,11 +124,10 @@ class CertificatesCollector:
         inventory = self._reader.read()
         if inventory is not self._shown:
             self._show(inventory)
-        now = self._clock()
         observation = self._observation
         errors = {*inventory.errors, *observation.errors}
         return [
-            self._days.at([(end - now) / DAY for end in self._ends]),
+            self._days_left(),
             *self._constant,
             self._served_family(observation),
             self._stale_family(observation),
@@ -147,9 +147,10 @@ class CertificatesCollector:
             for key, certificate in by_labels.items()
         ]
         self._ends = [certificate.not_after for _, certificate in series]
+        self._minute = math.nan  # of which the days are; none yet
         self._days = SteadyGauge(
             "upkeep_certificate_expiry_days",
-            "Days until the certificate ends; negative once it has.",
+            "Days until the certificate ends, to the minute; negative once it has.",
             [(labels, 0.0) for labels, _ in series],
         )
         self._constant = [
@@ -161,6 +162,14 @@ class CertificatesCollector:
             for what, text in (("not_after", "ends"), ("not_before", "begins"))
         ]
         self._shown = inventory
+
+    def _days_left(self) -> Metric:
+        """The days as of the minute's beginning: a scrape within it needn't write them again."""
+        minute = self._clock() // 60 * 60
+        if minute != self._minute:
+            self._days = self._days.at([(end - minute) / DAY for end in self._ends])
+            self._minute = minute
+        return self._days
 
     def _served_family(self, observation: _Observation) -> Metric:
         family = GaugeMetricFamily(

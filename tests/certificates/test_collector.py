@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -119,6 +119,26 @@ def test_series_are_unique_whatever_the_files_say(tmp_path: Path) -> None:
         "upkeep_certificate_not_after_timestamp_seconds"
     ].samples
     assert [s.value for s in samples] == [other.not_valid_after_utc.timestamp()]  # the sooner end
+
+
+def test_days_are_counted_to_the_minute(tmp_path: Path) -> None:
+    ends = datetime(2030, 1, 2, tzinfo=UTC)
+    file = tmp_path / "a.crt"
+    file.write_bytes(pem(certificate(ends=ends)))
+    config = Config(rootfs=tmp_path, certificate_paths=("/*.crt",))
+    now = [0.0]
+    reading = CertificatesCollector(config, clock=lambda: now[0])
+
+    def days(left: float) -> list[float]:
+        now[0] = ends.timestamp() - left
+        samples = families(reading)["upkeep_certificate_expiry_days"].samples
+        return [sample.value * 1440 for sample in samples]  # in minutes
+
+    assert [*days(86400 - 59.9), *days(86340), *days(86460), *days(-60)] == pytest.approx(
+        [1440, 1439, 1441, -1]
+    )
+    file.write_bytes(pem(certificate(ends=ends + timedelta(days=1))))  # within that minute
+    assert days(-61) == pytest.approx([1439])
 
 
 def test_file_names_that_are_no_text_do_not_fail_the_scrape(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Kept text is the library's own text, byte for byte, whatever the labels and values are."""
 
+import zlib
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder, generate_latest
 from prometheus_client.registry import Collector
 
-from exporter.exposition import DuplicateSeriesError, Families, SteadyGauge, text_of
+from exporter.exposition import DuplicateSeriesError, Families, SteadyGauge, gzip_of, text_of
 
 ACCEPTS = (
     "",
@@ -58,6 +60,26 @@ def test_the_bytes_are_the_library_s(
             families = [before, one, after, one, one]
             plain = Families([before, _plain(one), after, _plain(one), _plain(one)])
             assert text_of(encode, families) == encode(plain), accept
+            unpacking = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # one member, nothing after
+            assert unpacking.decompress(gzip_of(encode, families)) == encode(plain), accept
+            assert (unpacking.eof, unpacking.unused_data) == (True, b"")
+
+
+def test_what_is_steady_is_not_compressed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    compressobj = zlib.compressobj
+
+    def counted(level: int, wbits: int) -> object:
+        made.append(level)
+        return compressobj(level, wbits=wbits)
+
+    steady = SteadyGauge("x", "An x.", [({"a": "b"}, 1)])
+    gzip_of(generate_latest, [steady])
+    monkeypatch.setattr(zlib, "compressobj", counted)
+    gzip_of(generate_latest, [steady])
+    assert len(made) == 1, "the end alone"
+    gzip_of(generate_latest, [steady.at([2])])
+    assert len(made) == 3
 
 
 def test_what_is_steady_is_not_written_again() -> None:
