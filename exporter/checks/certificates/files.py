@@ -55,7 +55,7 @@ class _Group(msgspec.Struct, frozen=True, kw_only=True):
     """The files of one pattern that were all right and no links: looked at in one tight loop."""
 
     directory: tuple[str, tuple[int, ...]]
-    files: tuple[tuple[str, int, int], ...]
+    files: tuple[tuple[bytes, int, int], ...]
     """Path from here, inode, and when it was last changed in any way (nothing can set that)."""
     inodes: frozenset[tuple[int, int]]
     used: dict[str, _Cached]
@@ -186,7 +186,9 @@ class CertificateReader:
                 return
         self._groups[pattern] = _Group(
             directory=directory,
-            files=tuple((here or "", *_brief(c.state)) for here, c in files if c is not None),
+            files=tuple(
+                (os.fsencode(here or ""), *_brief(c.state)) for here, c in files if c is not None
+            ),
             inodes=frozenset((c.state[0], c.state[1]) for _, c in files if c is not None),
             used={m.path: used[m.path] for m in wanted},
             certificates=tuple(x for _, c in files if c is not None for x in c.certificates),
