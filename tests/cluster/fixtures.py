@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.containerd import ContainerdHost, containerd_host
+from tests.cluster.join import joined_cluster
 from tests.cluster.kubeadm import KubeadmCluster, kubeadm_cluster, last_lines
 from tests.cluster.node import Node
 
@@ -34,6 +35,16 @@ def _kubeadm_cluster(
     """A real kubeadm cluster of one node."""
     with kubeadm_cluster(tmp_path_factory.mktemp("kubeadm")) as cluster:
         _remember(pytestconfig, "kubeadm_cluster", cluster.nodes)
+        yield cluster
+
+
+@pytest.fixture(scope="session", name="joined_cluster")
+def _joined_cluster(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[KubeadmCluster]:
+    """Three control planes with stacked etcd behind a balancer."""
+    with joined_cluster(tmp_path_factory.mktemp("joined")) as cluster:
+        _remember(pytestconfig, "joined_cluster", cluster.nodes)
         yield cluster
 
 

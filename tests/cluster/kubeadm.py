@@ -34,6 +34,7 @@ from tests.cluster.kubeadm_config import (
 from tests.cluster.kubernetes_build import Binaries, kubernetes_binaries
 from tests.cluster.netns import Network
 from tests.cluster.node import Node, NodeError, running_nodes, start_node
+from tests.cluster.node_init import Service
 
 COMPONENTS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 
@@ -47,6 +48,8 @@ class KubeadmCluster:
     name: str
     nodes: list[Node]
     binaries: Binaries
+    static_pods: tuple[str, ...] = COMPONENTS
+    """The components that each node runs so."""
 
     @property
     def kubeconfig(self) -> Path:
@@ -150,10 +153,10 @@ def create_cluster(
     progress(f"cluster {state.cluster}: starting node {state.name}")
     node = start_kubernetes_node(state, binaries, others=())
     try:
-        _load_images(node, binaries, progress)
-        _init(node, binaries, settings, progress)
+        load_images(node, binaries, progress)
+        init(node, binaries, settings, progress)
         cluster = KubeadmCluster(state.cluster, [node], binaries)
-        _wait_until_ready(cluster, progress)
+        wait_until_ready(cluster, progress)
     except BaseException:
         node.remove()
         raise
@@ -172,15 +175,29 @@ def find_clusters() -> list[KubeadmCluster]:
 
 
 def start_kubernetes_node(
-    state: lifetime.NodeState, binaries: Binaries, *, others: Sequence[Node]
+    state: lifetime.NodeState,
+    binaries: Binaries,
+    *,
+    others: Sequence[Node],
+    services: Sequence[Service] = (),
+    more_programs: Mapping[str, Path] | None = None,
 ) -> Node:
     """A node with its network and containerd; its kubelet waits for `kubeadm init` or `join`."""
     network = Network(state.network)
     kubernetes = {name: binaries.directory / name for name in ("kubeadm", "kubectl", "kubelet")}
     node = start_node(
         state,
-        services=[CONTAINERD, kubelet_service(binaries.version, network.node(state.index))],
-        programs={**programs(), **kubernetes, "etcdctl": binary("etcdctl")},
+        services=[
+            CONTAINERD,
+            kubelet_service(binaries.version, network.node(state.index)),
+            *services,
+        ],
+        programs={
+            **programs(),
+            **kubernetes,
+            "etcdctl": binary("etcdctl"),
+            **(more_programs or {}),
+        },
     )
     try:
         netns.connect(node, others)
@@ -211,7 +228,8 @@ def _wanted_images(node: Node, binaries: Binaries) -> list[str]:
     return node.run(argv).stdout.split()
 
 
-def _load_images(node: Node, binaries: Binaries, progress: Progress) -> None:
+def load_images(node: Node, binaries: Binaries, progress: Progress) -> None:
+    """Put every image that its pods may want into the node's containerd."""
     images = control_plane_images(binaries, _wanted_images(node, binaries))
     for image in [*images, workload_image()]:
         progress(f"loading {image.reference}")
@@ -219,21 +237,30 @@ def _load_images(node: Node, binaries: Binaries, progress: Progress) -> None:
         node.run(argv, timeout=300)
 
 
-def _init(node: Node, binaries: Binaries, settings: Settings, progress: Progress) -> None:
+def init(node: Node, binaries: Binaries, settings: Settings, progress: Progress) -> None:
+    """Make the node a cluster's first control plane by `kubeadm init`."""
     address = Network(node.state.network).node(node.state.index)
-    config = node.root / "etc/kubernetes/kubeadm.yaml"
-    config.parent.mkdir(exist_ok=True)
-    config.write_text(init_configuration(binaries.version, node.name, address, settings))
-    progress("kubeadm init")
-    with (node.logs / "kubeadm-init.log").open("w") as log:
+    config = init_configuration(binaries.version, node.name, address, settings)
+    uploads = ["--upload-certs"] if settings.certificate_key else []
+    flags = ["--skip-phases=preflight,addon", "--skip-token-print", *uploads]
+    kubeadm(node, ["init", *flags], config, progress)
+    kubeconfig = Path(node.state.directory) / "kubeconfig"
+    kubeconfig.touch(mode=0o600)
+    kubeconfig.write_text((node.root / "etc/kubernetes/admin.conf").read_text())
+
+
+def kubeadm(node: Node, arguments: Sequence[str], config: str, progress: Progress) -> None:
+    """Run `kubeadm init` or `join` with a configuration, which stays on the node.
+
+    Its preflight wants crictl, which Debian lacks: `arguments` leave it out.
+    """
+    file = node.root / "etc/kubernetes/kubeadm.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(config)
+    progress(f"kubeadm {arguments[0]}")
+    with (node.logs / f"kubeadm-{arguments[0]}.log").open("w") as log:
         process = node.popen(
-            [
-                "kubeadm",
-                "init",
-                "--config=/etc/kubernetes/kubeadm.yaml",
-                "--skip-phases=preflight,addon",  # preflight wants crictl, which Debian lacks
-                "--skip-token-print",
-            ],
+            ["kubeadm", *arguments, "--config=/etc/kubernetes/kubeadm.yaml"],
             cwd="/",
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -245,27 +272,26 @@ def _init(node: Node, binaries: Binaries, settings: Settings, progress: Progress
             if line.startswith("[") and "WARNING" not in line:  # of those, systemd's absence
                 progress(f"  {line.strip()}")
     if process.wait() != 0:
-        raise NodeError(f"kubeadm init failed\n{last_lines(node)}")
-    kubeconfig = Path(node.state.directory) / "kubeconfig"
-    kubeconfig.touch(mode=0o600)
-    kubeconfig.write_text((node.root / "etc/kubernetes/admin.conf").read_text())
+        raise NodeError(f"{node.name}: kubeadm {arguments[0]} failed\n{last_lines(node)}")
 
 
-def _wait_until_ready(cluster: KubeadmCluster, progress: Progress) -> None:
+def wait_until_ready(cluster: KubeadmCluster, progress: Progress) -> None:
+    """Until nodes and their control planes are Ready, and pods can be made."""
+
     def ready() -> bool:
         listed = cluster.kubectl(
             "get",
-            f"nodes/{cluster.nodes[0].name}",
-            '--output=jsonpath={.status.conditions[?(@.type=="Ready")].status}',
+            "nodes",
+            '--output=jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}',
             check=False,
         )
-        return listed == "True"
+        return listed.split() == ["True"] * len(cluster.nodes)
 
     def usable() -> bool:
         return "default" in cluster.kubectl("get", "serviceaccounts", check=False)
 
-    progress("waiting for the node, its control plane and the first service account")
-    cluster.wait("node Ready", ready)
+    progress("waiting for nodes, control planes and the first service account")
+    cluster.wait("nodes Ready", ready)
     cluster.wait("service account for pods", usable)
     wait_for_control_plane(cluster)
 
@@ -282,7 +308,7 @@ def wait_for_control_plane(cluster: KubeadmCluster) -> None:
             '--output=jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}',
             check=False,
         )
-        return listed.split() == ["True"] * len(COMPONENTS) * len(cluster.nodes)
+        return listed.split() == ["True"] * len(cluster.static_pods) * len(cluster.nodes)
 
     cluster.wait("static pods Ready in the API", ready)
 

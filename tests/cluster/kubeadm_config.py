@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -15,6 +16,9 @@ from tests.cluster.node_init import Service
 KUBELET_CONFIG = "/var/lib/kubelet/config.yaml"
 CRI_SOCKET = "unix:///run/containerd/containerd.sock"
 _VOLUME_PLUGINS = "/var/lib/kubelet/volume-plugins"
+_PATIENT_ETCD = {"heartbeat-interval": "300", "election-timeout": "3000"}
+"""Milliseconds. Three members on a few busy cores miss the usual 100 now and then, and each new
+election would be a moment without a leader that no rotation is to blame for."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,13 @@ class Settings:
     """pids.max of every pod; -1: none."""
     control_plane_endpoint: str = ""
     """host:port that stands for all control planes; empty: the first node's own address."""
+    cluster: Mapping[str, Any] = field(default_factory=dict)
+    """More of kubeadm's ClusterConfiguration."""
+    certificate_key: str = ""
+    """32 bytes in hexadecimal, under which the first control plane leaves the shared PKI in the
+    cluster for others to join with; empty: none will."""
+    token: str = ""
+    """kubeadm's bootstrap token for those."""
 
 
 def minor_version(version: str) -> int:
@@ -37,10 +48,37 @@ def minor_version(version: str) -> int:
     return int(found[1])
 
 
+def _api_version(version: str) -> str:
+    return "kubeadm.k8s.io/v1beta2" if minor_version(version) < 22 else "kubeadm.k8s.io/v1beta3"
+
+
+def join_configuration(
+    version: str, node: str, address: str, ca_hash: str, settings: Settings
+) -> str:
+    """For `kubeadm join --config`: one more control plane. ca_hash: sha256:… of the CA's key."""
+    join = {
+        "apiVersion": _api_version(version),
+        "kind": "JoinConfiguration",
+        "discovery": {
+            "bootstrapToken": {
+                "token": settings.token,
+                "apiServerEndpoint": settings.control_plane_endpoint,
+                "caCertHashes": [ca_hash],
+            }
+        },
+        "nodeRegistration": {"name": node, "criSocket": CRI_SOCKET, "taints": []},
+        "controlPlane": {
+            "localAPIEndpoint": {"advertiseAddress": address, "bindPort": 6443},
+            "certificateKey": settings.certificate_key,
+        },
+    }
+    return yaml.safe_dump(join, sort_keys=False)
+
+
 def init_configuration(version: str, node: str, address: str, settings: Settings) -> str:
     """For `kubeadm init --config`: one control plane on which ordinary pods run too."""
-    api = "kubeadm.k8s.io/v1beta2" if minor_version(version) < 22 else "kubeadm.k8s.io/v1beta3"
-    init = {
+    api = _api_version(version)
+    init: dict[str, Any] = {
         "apiVersion": api,
         "kind": "InitConfiguration",
         "localAPIEndpoint": {"advertiseAddress": address, "bindPort": 6443},
@@ -52,9 +90,14 @@ def init_configuration(version: str, node: str, address: str, settings: Settings
         "clusterName": "upkeep-test",
         "kubernetesVersion": version,
         "controllerManager": {"extraArgs": {"flex-volume-plugin-dir": _VOLUME_PLUGINS}},
+        **settings.cluster,
     }
     if settings.control_plane_endpoint:
         cluster["controlPlaneEndpoint"] = settings.control_plane_endpoint
+    if settings.certificate_key:
+        init["certificateKey"] = settings.certificate_key
+        init["bootstrapTokens"] = [{"token": settings.token}]
+        cluster["etcd"] = {"local": {"extraArgs": _PATIENT_ETCD}}
     documents = (init, cluster, _kubelet_configuration(settings))
     return "---\n".join(yaml.safe_dump(document, sort_keys=False) for document in documents)
 

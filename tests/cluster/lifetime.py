@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -134,9 +135,13 @@ def reserve(
 
 
 def dispose(state: NodeState) -> None:
-    """Remove all that a dead node owned. Its namespaces, and with them its mounts and network
-    devices, went with its processes. Raises if something stays, and then the file stays too."""
+    """Remove all that a dead node owned. Its namespaces, and with them its mounts, went with its
+    processes. Raises if something stays, and then the file stays too."""
     cgroups.remove(state.name)
+    if Path(f"/sys/class/net/{state.name}").exists():
+        # The kernel drops it too, but may take half a minute while connections linger; its routes
+        # would meet those of the next cluster of that number.
+        subprocess.run(["ip", "link", "delete", state.name], check=False, capture_output=True)
     directory = Path(state.directory)
     if directory.exists():
         for path in directory.iterdir():
