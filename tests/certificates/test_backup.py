@@ -1,6 +1,5 @@
 """The way back: restoring, full disks, cut snapshots, and copies of admin.conf."""
 
-import hashlib
 import os
 import shutil
 import stat
@@ -22,7 +21,7 @@ from remediator.fixes.certificates.backup import (
     space_problem,
 )
 from remediator.fixes.certificates.copies import renew_copy
-from remediator.fixes.certificates.etcd import Member, quorum_problem, snapshot_problem
+from remediator.fixes.certificates.etcd import Member, quorum_problem
 from remediator.model import FixError, Phase
 from tests.certificates.conftest import MakePki, StepLog
 from tests.certificates.test_rotate import BACKUPS, NODE, files, rotate, serials, steps
@@ -134,20 +133,6 @@ def test_space_counts_what_is_to_be_saved(make_pki: MakePki) -> None:
     assert space_problem(root, "/var/lib/upkeep/backups") == ""
     assert "make room" in space_problem(root, "/var/lib/upkeep/backups", extra=1 << 60)
     assert "absolute" in directory_problem(root, "backups")
-
-
-def test_c10_a_truncated_snapshot_is_seen() -> None:
-    page = bytearray(4096)
-    page[16:20] = (0xED0CDAED).to_bytes(4, "little")
-    data = bytes(page) * 3
-    digest = hashlib.sha256(data).digest()
-    size = len(data)
-    assert snapshot_problem(data[:64], size, digest, digest, size) == ""
-    cut = data[:-40]
-    wrong = hashlib.sha256(cut[:-32]).digest()
-    assert "cut short" in snapshot_problem(cut[:64], size - 72, wrong, cut[-32:], size)
-    assert "of a database of" in snapshot_problem(data[:64], size, digest, digest, size + 1)
-    assert "begin" in snapshot_problem(bytes(64), size, digest, digest, size)
 
 
 def test_c5_no_member_goes_while_another_is_unhealthy() -> None:

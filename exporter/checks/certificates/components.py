@@ -47,7 +47,7 @@ class ServedFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Process(msgspec.Struct, frozen=True, kw_only=True):
-    """A running control plane component: a static pod's container on this node."""
+    """A running control plane component: a static pod's container, or etcd on the host."""
 
     component: str
     pid: int
@@ -182,8 +182,7 @@ def find_processes(procfs: Path, root: Root) -> tuple[Process, ...]:
     directory is in kube-system, which no tenant can make.
     """
     pods = _static_pods(root)
-    boot = _boot_time(procfs)
-    if not pods or boot is None:
+    if not pods:
         return ()
     found = []
     for entry in os.scandir(procfs):
@@ -196,16 +195,18 @@ def find_processes(procfs: Path, root: Root) -> tuple[Process, ...]:
         uid = _POD_UID.search(_read(directory / "cgroup"))
         if uid is None or pods.get(uid[1].replace(b"_", b"-").decode()) != component:
             continue
-        if (ticks := start_ticks(procfs, int(entry.name))) is not None:
-            found.append(
-                Process(
-                    component=component,
-                    pid=int(entry.name),
-                    start_ticks=ticks,
-                    started_at=boot + ticks / os.sysconf("SC_CLK_TCK"),
-                )
-            )
+        if (process := read_process(procfs, component, int(entry.name))) is not None:
+            found.append(process)
     return tuple(found)
+
+
+def read_process(procfs: Path, component: str, pid: int) -> Process | None:
+    """A process that is known to be a component's; None where it's gone."""
+    ticks, boot = start_ticks(procfs, pid), _boot_time(procfs)
+    if ticks is None or boot is None:
+        return None
+    started_at = boot + ticks / os.sysconf("SC_CLK_TCK")
+    return Process(component=component, pid=pid, start_ticks=ticks, started_at=started_at)
 
 
 def _static_pods(root: Root) -> dict[str, str]:

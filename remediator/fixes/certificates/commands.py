@@ -9,6 +9,12 @@ from collections.abc import Awaitable, Callable, Sequence
 import msgspec
 
 _KEPT = 8192  # characters of output; kubeadm's says what failed in its last lines
+_ENVIRONMENT = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "LC_ALL": "C.UTF-8",
+    "HOME": "/root",
+    "ETCDCTL_API": "3",  # an etcdctl before 3.4 speaks version 2 unless told
+}
 
 
 class Completed(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +42,7 @@ async def run(arguments: Sequence[str], timeout: float) -> Completed:  # noqa: A
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/root"},
+            env=_ENVIRONMENT,
         )
     except OSError as error:
         raise CommandError(f"{arguments[0]} can't be run: {error.strerror}") from None

@@ -1,11 +1,10 @@
-"""etcd over its HTTP gateway: health, members, and a snapshot that is checked as it comes.
+"""etcd over its HTTP gateway, which needs nothing on the host: health, members, and a snapshot.
 
-No etcdctl is needed. A snapshot that broke off looks like a success, so its hash (the last 32 bytes
-of the stream), its size and its first page are looked at before it counts.
+Where the gateway is off, etcdctl is asked the same.
 """
 
+import asyncio
 import base64
-import hashlib
 import os
 import ssl
 from collections.abc import AsyncIterator, Sequence
@@ -21,15 +20,21 @@ from exporter.checks.certificates.components import (
     etcd_environment,
     manifest_flags,
 )
+from remediator.fixes.certificates import commands
+from remediator.fixes.certificates.etcdctl import Etcdctl, EtcdctlError
+from remediator.fixes.certificates.snapshot import Snapshot, SnapshotError, read_snapshot
 
+_MEMBERS = "/v3/cluster/member/list"
+_STATUS = "/v3/maintenance/status"
 _TIMEOUT = 10.0  # seconds for one answer
-_HASH_BYTES = 32
-_BOLT_MAGIC = (0xED0CDAED).to_bytes(4, "little")
-_PAGE_HEADER = 16
 
 
 class EtcdError(Exception):
     """etcd did not answer as it should; the sentence says what was asked of whom."""
+
+
+class GatewayOffError(EtcdError):
+    """etcd answers, but has no such path."""
 
 
 class EtcdAccess(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,14 +53,6 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     client_urls: tuple[str, ...]
     is_learner: bool
-
-
-class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot that was checked."""
-
-    size: int
-    """Bytes, without the hash."""
-    sha256: str
 
 
 def find_access(root: Root, pki: str) -> EtcdAccess | None:
@@ -83,9 +80,17 @@ def find_access(root: Root, pki: str) -> EtcdAccess | None:
 class Etcd:
     """A client. It reads its certificate anew for each use: a renewal replaces it."""
 
-    def __init__(self, root: Root, access: EtcdAccess) -> None:
+    def __init__(self, root: Root, access: EtcdAccess, run: commands.Run = commands.run) -> None:
         self._root = root
         self._access = access
+        self._etcdctl = Etcdctl(
+            root,
+            run,
+            endpoint=access.endpoint,
+            ca=access.ca,
+            certificate=access.certificate,
+            key=access.key,
+        )
 
     async def healthy(self, url: str = "") -> bool:
         """Whether a member says it's healthy (it then has a leader). url: ours where empty."""
@@ -98,7 +103,7 @@ class Etcd:
 
     async def members(self) -> tuple[Member, ...]:
         """Every member, as the quorum knows it. EtcdError."""
-        document = await self._post("/v3/cluster/member/list")
+        document = await self._ask(_MEMBERS, "member", "list")
         found = tuple(
             Member(
                 name=str(member.get("name", "")),
@@ -123,33 +128,49 @@ class Etcd:
 
     async def status(self) -> dict[str, Any]:
         """This member's own account of itself: version, dbSize, leader … EtcdError."""
-        return await self._post("/v3/maintenance/status")
+        return await self._ask(_STATUS, "endpoint", "status")
+
+    async def _ask(self, path: str, *words: str) -> dict[str, Any]:
+        """The gateway's answer, else etcdctl's to the same question. EtcdError."""
+        try:
+            return await self._post(path)
+        except GatewayOffError as off:
+            try:
+                answer = await self._etcdctl.ask(*words)
+            except EtcdctlError as error:
+                raise EtcdError(f"{off}; {error}") from None
+        if isinstance(answer, list):  # one for each endpoint, and there is one
+            answer = answer[0].get("Status") if answer and isinstance(answer[0], dict) else None
+        if not isinstance(answer, dict):
+            raise EtcdError(f"etcdctl {' '.join(words)} did not answer with an object")
+        return answer
 
     async def snapshot(self, target: Path) -> Snapshot:
         """Write a snapshot to a new file (0600) and check it. EtcdError, OSError (a full disk)."""
-        status = await self.status()
-        digest = hashlib.sha256()
-        held = b""
-        size = 0
-        first = b""
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            async for blob in self._stream():
-                held += blob
-                data, held = held[:-_HASH_BYTES], held[-_HASH_BYTES:]
-                first = first or data[:64]
-                digest.update(data)
-                size += len(data)
-                file.write(data)
-            file.write(held)
-            file.flush()
-            os.fsync(file.fileno())
-        problem = snapshot_problem(
-            first, size, digest.digest(), held, int(status.get("dbSize") or 0)
-        )
-        if problem:
-            raise EtcdError(f"the snapshot of etcd is not whole: {problem}")
-        return Snapshot(size=size, sha256=digest.hexdigest())
+            try:
+                status = await self._post(_STATUS)
+                by = "gateway"
+                async for blob in self._stream():
+                    file.write(blob)
+                file.flush()
+                os.fsync(file.fileno())
+            except GatewayOffError:
+                status = await self.status()
+                by = "etcdctl"
+                await self._save(target)
+        size = int(status.get("dbSize") or 0)
+        try:
+            return await asyncio.to_thread(read_snapshot, target, database_size=size, by=by)
+        except SnapshotError as error:
+            raise EtcdError(f"the snapshot of etcd is not whole: {error}") from None
+
+    async def _save(self, target: Path) -> None:
+        try:
+            await self._etcdctl.save(target)  # by a rename over the empty file, mode 0600 too
+        except EtcdctlError as error:
+            raise EtcdError(str(error)) from None
 
     async def _stream(self) -> AsyncIterator[bytes]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=60)
@@ -176,6 +197,8 @@ class Etcd:
         try:
             async with self._session() as session, session.post(url, data=b"{}") as answer:
                 data = await answer.read()
+                if answer.status == 404:
+                    raise GatewayOffError(f"{url} is not there; is etcd's gRPC gateway off?")
                 if answer.status != 200:
                     raise EtcdError(f"{url} answered {answer.status}")
                 document = msgspec.json.decode(data)
@@ -183,7 +206,7 @@ class Etcd:
             why = str(error) or type(error).__name__
             raise EtcdError(f"{url} can't be reached: {why}") from None
         except msgspec.DecodeError:
-            raise EtcdError(f"{url} did not answer in JSON; is its gRPC gateway off?") from None
+            raise GatewayOffError(f"{url} did not answer in JSON; is the gateway off?") from None
         if not isinstance(document, dict):
             raise EtcdError(f"{url} did not answer with an object")
         return document
@@ -216,22 +239,6 @@ def _blob(line: bytes) -> bytes:
         return base64.b64decode(message["result"].get("blob", ""))
     except (msgspec.DecodeError, KeyError, TypeError, AttributeError, ValueError):
         raise EtcdError("etcd sent what is no part of a snapshot") from None
-
-
-def snapshot_problem(
-    first: bytes, size: int, digest: bytes, trailer: bytes, database_size: int
-) -> str:
-    """Why a snapshot can't be trusted; empty where it can.
-
-    first: its first bytes; digest: of all but the trailer; database_size: what etcd said before.
-    """
-    if digest != trailer:
-        return "its hash does not match; it was cut short"
-    if size < database_size:
-        return f"{size} bytes of a database of {database_size}"
-    if first[_PAGE_HEADER : _PAGE_HEADER + 4] != _BOLT_MAGIC:
-        return "it does not begin as a database does"
-    return ""
 
 
 def quorum_problem(members: Sequence[Member], unhealthy: Sequence[str]) -> str:

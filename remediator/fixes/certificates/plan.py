@@ -31,6 +31,11 @@ class RotationPlan(msgspec.Struct, frozen=True, kw_only=True):
         """Whether there is an API server to ask, and others to keep clear of."""
         return "kube-apiserver" in self.components
 
+    @property
+    def has_etcd(self) -> bool:
+        """Whether a member of etcd runs on this node, as a static pod or as a unit of the host."""
+        return "etcd" in self.components or (self.has_cluster and self.layout.etcd == "host")
+
 
 class RefusedError(Exception):
     """Renewing now would not be safe, or would not help."""

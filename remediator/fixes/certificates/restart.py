@@ -39,6 +39,8 @@ class RestartError(Exception):
 
 Healthy = Callable[[str], Awaitable[bool]]
 """Whether a component, by name, is healthy now."""
+Find = Callable[[], Awaitable[Process]]
+"""Finds a component's process; RestartError while there is none."""
 
 
 class Restarter:
@@ -86,13 +88,18 @@ class Restarter:
         finally:
             os.close(descriptor)
 
-    async def await_healthy(self, component: str, *, other_than: Process | None = None) -> Process:
-        """Wait until a process (not `other_than`) runs and stays healthy. RestartError."""
+    async def await_healthy(
+        self, component: str, *, other_than: Process | None = None, find: Find | None = None
+    ) -> Process:
+        """Wait until a process (not `other_than`) runs and stays healthy. RestartError.
+
+        find: looks for the process where it is no static pod's.
+        """
         ends = time.monotonic() + self._timeout
         steady: tuple[Process, float] | None = None
         while True:
             now = time.monotonic()
-            process = await asyncio.to_thread(self.find, component)
+            process = await self._look(component, find)
             fresh = process is not None and (other_than is None or process != other_than)
             if process is None or not fresh or not await self._healthy(component):
                 steady = None
@@ -104,6 +111,14 @@ class Restarter:
                 what = "is not healthy" if fresh else "did not come back"
                 raise RestartError(component, f"{component} {what} after {self._timeout:g} s")
             await asyncio.sleep(_POLL)
+
+    async def _look(self, component: str, find: Find | None) -> Process | None:
+        if find is None:
+            return await asyncio.to_thread(self.find, component)
+        try:
+            return await find()
+        except RestartError:  # between two processes there is none
+            return None
 
     async def answers_healthz(self, component: str) -> bool:
         """Whether the controller-manager or the scheduler is healthy, by its own port.

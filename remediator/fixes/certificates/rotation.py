@@ -79,7 +79,7 @@ class Rotation:
         sentences = [f"back up /etc/kubernetes with its keys to {directory}"]
         if plan.recovery:
             sentences.append("stop etcd and copy its data, since nobody can reach it")
-        elif "etcd" in plan.components and self._settings.etcd_snapshot:
+        elif plan.has_etcd and self._settings.etcd_snapshot:
             sentences.append("take a snapshot of etcd and check it")
         sentences.append(
             f"kubeadm certs renew all{config}: {', '.join(p.name for p in plan.layout.pairs)}"
@@ -155,9 +155,9 @@ class Rotation:
             members = await etcd.members()
             status = await etcd.status()
             snapshot = await etcd.snapshot(writer.partial / "etcd-snapshot.db")
-            step.result = f"{snapshot.size >> 10} KiB, hash right"
+            step.result = f"{snapshot.size >> 10} KiB by {snapshot.by}, hash right"
         return {
-            "snapshot": {"size": snapshot.size, "sha256": snapshot.sha256},
+            "snapshot": {"size": snapshot.size, "sha256": snapshot.sha256, "by": snapshot.by},
             "members": [{"name": m.name, "client_urls": m.client_urls} for m in members],
             "unhealthy": await etcd.unhealthy(members),
             "status": status,

@@ -17,6 +17,7 @@ from exporter.kubernetes.access import AccessError
 from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access, quorum_problem
+from remediator.fixes.certificates.host_etcd import HostEtcd
 from remediator.fixes.certificates.layout import Layout
 from remediator.fixes.certificates.restart import Restarter, RestartError
 from remediator.fixes.certificates.settings import Settings
@@ -52,6 +53,7 @@ class Uptake:
         self._restarter = Restarter(
             root, procfs, self._is_healthy, timeout=settings.component_timeout
         )
+        self._host_etcd = HostEtcd(root, procfs)
 
     async def restart(
         self,
@@ -68,6 +70,8 @@ class Uptake:
         """
         if self._settings.restart == "none":
             return
+        if layout.etcd == "host" and self._settings.restart == "all":
+            await self._restart_host_etcd(layout, steps, quorum=quorum)
         written = newest_write(self._root, layout)
         for component in components:
             if self._settings.restart == "needed" and component not in _READ_AT_START:
@@ -89,6 +93,25 @@ class Uptake:
                 else:  # it ended by itself, or never had other certificates: not once more
                     new = await self._restarter.await_healthy(component)
                     step.result = f"pid {new.pid} is healthy and needs no restart"
+
+    async def _restart_host_etcd(self, layout: Layout, steps: Steps, *, quorum: bool) -> None:
+        """A new process from systemd, only where its own files changed. RestartError."""
+        async with steps.step("restart etcd", "restart etcd.service if its files changed") as step:
+            try:
+                process = await self._host_etcd.find()
+            except RestartError as error:  # etcd reads its files at each connection: no reason to
+                step.result = f"left alone: {error}"  # put back what was renewed
+                return
+            if not self._host_etcd.is_older_than_its_files(process):
+                step.result = f"pid {process.pid} is newer than its files and needs no restart"
+                return
+            if quorum:
+                await self._await_quorum(layout)
+            await self._host_etcd.restart()
+            new = await self._restarter.await_healthy(
+                "etcd", other_than=process, find=self._host_etcd.find
+            )
+            step.result = f"pid {process.pid} ended, pid {new.pid} is healthy"
 
     def _is_older(self, process: Process, written: float, since: float) -> bool:
         return since - _TOLERANCE <= process.started_at <= written + _TOLERANCE
