@@ -1,4 +1,4 @@
-"""The commands for people: list, show, approve, pause, resume, run, check-config.
+"""The commands for people: list, show, approve, pause, resume, run, restore, check-config.
 
 They work on the journal's file itself, so they work whether the daemon runs or not.
 """
@@ -6,11 +6,9 @@ They work on the journal's file itself, so they work whether the daemon runs or 
 import argparse
 import getpass
 import os
-import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -19,19 +17,14 @@ from remediator.config import ConfigError
 from remediator.daemon import load_config, make_fixes
 from remediator.fixes import FIXES, Entry
 from remediator.flags import Flags
-from remediator.host import HostClock, own_claim
+from remediator.hand import Forceable, Forced, Hands, LiveJournal, Restorable
+from remediator.host import HostClock
 from remediator.journal import ConflictError, JournalError
 from remediator.journal.sqlite import SqliteJournal
-from remediator.model import (
-    Condition,
-    Fix,
-    Phase,
-    Remediation,
-    Target,
-    TargetError,
-    target_from_labels,
-)
-from remediator.worker import Worker
+from remediator.model import Phase, Remediation, Target, TargetError, target_from_labels
+
+RESTORES = "rotate-certificates"
+"""The fix whose backups `restore` puts back."""
 
 
 class CommandError(Exception):
@@ -48,6 +41,8 @@ async def command(
                 return _check_config(flags, fixes)
             case "run":
                 return await _run(given, flags, fixes)
+            case "restore":
+                return await _restore(given, flags, fixes)
             case _:
                 return await _with_journal(given, flags, fixes)
     except (CommandError, ConfigError, ConflictError, JournalError, TargetError) as error:
@@ -147,82 +142,95 @@ async def _pause_or_resume(
     return 0
 
 
-class _Ended:
-    """Keeps how it ended, for the exit status."""
-
-    def __init__(self) -> None:
-        self.phase: Phase | None = None
-        self.reason = ""
-        self.message = ""
-
-    def ended(self, remediation: Remediation) -> None:
-        self.phase, self.reason = remediation.phase, remediation.reason
-        self.message = remediation.message
-
-
-@runtime_checkable
-class Forceable(Fix, Protocol):
-    """A fix that a person may ask for before its condition is due."""
-
-    async def force(self, target: Target) -> Condition:
-        """As `check`, due or not; what forbids acting forbids it all the same."""
-
-
-class _Forced:
-    """The same fix, with the look that a person's `--force` asks for."""
-
-    def __init__(self, fix: Forceable) -> None:
-        self.name, self.deadline = fix.name, fix.deadline
-        self.target_labels, self.reasons = fix.target_labels, fix.reasons
-        self.check, self.apply = fix.force, fix.apply
-        self.verify, self.resume = fix.verify, fix.resume
-
-
 async def _run(given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entry]) -> int:
-    """By hand: no cooldown, window, approval or pause; opt-outs and the checks stand."""
     if given.fix not in fixes:
         raise CommandError(f"no such fix: {given.fix}; known: {', '.join(sorted(fixes))}")
     loaded, settings = load_config(flags, fixes)
     fix = make_fixes(flags, settings, {given.fix: fixes[given.fix]})[given.fix]
+    looking = fix
     if given.force:
         if not isinstance(fix, Forceable):
             raise CommandError(f"{given.fix} acts on what is broken only; leave --force out")
-        fix = _Forced(fix)
+        if given.scheduled:
+            raise CommandError("--force is a person's word, --scheduled a timer's; leave one out")
+        looking = Forced(fix)
     parts = {name: getattr(given, name) for name in ("namespace", "pod", "container", "deployment")}
     labels = {"node": flags.node_name, **parts}
     if missing := [name for name in fix.target_labels if not labels[name]]:
         flags_wanted = " ".join(f"--{name}" for name in missing)
         raise CommandError(f"{given.fix} needs {flags_wanted}")
-    clock = HostClock()
-    claim = own_claim(clock)
-    journal = SqliteJournal(flags.journal, clock)
-    ended = _Ended()
-    worker = Worker(
-        journal=journal,
-        fixes={given.fix: fix},
-        config=lambda: loaded,
-        clock=clock,
-        claim=claim,
-        lock_directory=flags.lock_directory,
-        events=ended,
-        dry_run=flags.dry_run,
-    )
+    target = target_from_labels(labels, fix.target_labels)
+    journal = _live_journal(given, flags)
     try:
-        target = target_from_labels(labels, fix.target_labels)
-        remediation = await journal.begin(
-            given.fix, target, f"hand-{secrets.token_hex(6)}", _person(), claim
-        )
-        await worker.execute(remediation)
-        found = await journal.get(remediation.id)
+        hands = Hands(flags, loaded, fix, journal)
+        await _finish_left(given, hands, target)
+        if given.scheduled:
+            found = await hands.ask(target)
+        else:
+            found = await hands.run(target, _person(), looking)
     finally:
         await journal.aclose()
+    _print_end(given, found)
+    return 1 if found is not None and found.phase is Phase.FAILED else 0
+
+
+async def _restore(given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entry]) -> int:
+    loaded, settings = load_config(flags, fixes)
+    fix = make_fixes(flags, settings, {RESTORES: fixes[RESTORES]})[RESTORES]
+    if not isinstance(fix, Restorable):
+        raise CommandError(f"{RESTORES} keeps no backups")
+    if not given.backup:
+        return _list_backups(given, fix)
+    target = target_from_labels({"node": flags.node_name}, fix.target_labels)
+    journal = _live_journal(given, flags)
+    try:
+        hands = Hands(flags, loaded, fix, journal)
+        await _finish_left(given, hands, target)
+        found = await hands.run(target, _person(), fix.restoring(given.backup, forced=given.force))
+    finally:
+        await journal.aclose()
+    _print_end(given, found)
+    return 0 if found.phase is Phase.SUCCEEDED or found.reason == "DryRun" else 1
+
+
+def _list_backups(given: argparse.Namespace, fix: Restorable) -> int:
+    found = fix.backups()
+    if given.output == "json":
+        _print_json(found)
+        return 0
+    if not found:
+        print("there are no backups yet")
+        return 0
+    rows = [(b.name, _time(b.created), f"{b.size / 1e6:.1f} MB", b.node, b.holds) for b in found]
+    _print_table(("BACKUP", "MADE (UTC)", "SIZE", "NODE", "HOLDS"), rows)
+    return 0
+
+
+def _live_journal(given: argparse.Namespace, flags: Flags) -> LiveJournal:
+    """Steps go where people look; JSON stays alone on standard output."""
+    out = sys.stderr if given.output == "json" else sys.stdout
+
+    def say(line: str) -> None:
+        print(inert(line), file=out, flush=True)
+
+    return LiveJournal(flags.journal, HostClock(), say)
+
+
+async def _finish_left(given: argparse.Namespace, hands: Hands, target: Target) -> None:
+    for left in await hands.finish_left(target):
+        if given.output != "json":
+            print(inert(f"finished first, left by a process that died: {_outcome(left)}"))
+
+
+def _print_end(given: argparse.Namespace, found: Remediation | None) -> None:
     if given.output == "json":
         _print_json(found)
     elif found is not None:
-        _print_whole(found)
-    elif ended.phase is not None:
-        print(inert(f"{ended.phase} ({ended.reason}): {ended.message}"))
-    return 1 if ended.phase is Phase.FAILED else 0
+        print(inert(_outcome(found)))
+
+
+def _outcome(found: Remediation) -> str:
+    return f"{found.phase.value} ({found.reason}), {found.id}: {found.message}"
 
 
 def _person() -> str:

@@ -50,7 +50,8 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
         added: FlagParser = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", environ=environ
         )
-        _common(added)
+        # By hand, the steps are shown as they go: of the log only what went wrong is of interest.
+        _common(added, log_level="warning" if name in ("run", "restore") else "info")
         return added
 
     serve = command("serve", "accept webhooks and act on this host")
@@ -74,9 +75,23 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
     run.add_argument(
         "--force", action="store_true", help="rotate-certificates: renew whether due or not"
     )
+    run.add_argument(
+        "--scheduled",
+        action="store_true",
+        help="as a timer asks: cooldown, windows, approval and pauses stand, as for an alert",
+    )
     for part in ("namespace", "pod", "container", "deployment"):
         run.add_argument(f"--{part}", default="", help=f"the target's {part}")
     _output(run)
+    restore = command("restore", "put certificates of a backup back, or list the backups")
+    _acting(restore)
+    restore.add_argument(
+        "backup", metavar="BACKUP", nargs="?", default="", help="its name or path; none: list them"
+    )
+    restore.add_argument(
+        "--force", action="store_true", help="also one that has expired, or has another CA"
+    )
+    _output(restore)
     listing = command("list", "list remediations, newest first")
     listing.add_argument("--fix", default="", help="only those of this fix")
     listing.add_argument("--phase", choices=[p.value for p in Phase], help="only those in it")
@@ -97,12 +112,14 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
     return root
 
 
-def _common(parser: FlagParser) -> None:
+def _common(parser: FlagParser, log_level: str) -> None:
     parser.flag("config.file", parse=Path, metavar="FILE", help="guardrails: docs/remediator.md")
     parser.flag(
         "journal", default=DEFAULT_JOURNAL, parse=Path, metavar="FILE", help="the journal's file"
     )
-    parser.flag("log.level", default="info", choices=logs.LEVELS, help="least level that is logged")
+    parser.flag(
+        "log.level", default=log_level, choices=logs.LEVELS, help="least level that is logged"
+    )
     parser.flag("log.format", default="logfmt", choices=logs.FORMATS, help="format of the log")
 
 

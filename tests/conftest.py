@@ -15,15 +15,15 @@ from deploy.local.apt import codename
 
 pytest_plugins = ["tests.cluster.fixtures"]
 
-_SEED = int(os.environ.get("UPKEEP_SEED") or random.SystemRandom().randrange(2**32))
-_SOAK = os.environ.get("UPKEEP_SOAK") == "1"
+SEED = int(os.environ.get("UPKEEP_SEED") or random.SystemRandom().randrange(2**32))
+SOAK = os.environ.get("UPKEEP_SOAK") == "1"
 _CI = os.environ.get("CI") == "true"
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Print the seed, so that a failure of a sampled suite can be had again."""
-    extent = "in full (UPKEEP_SOAK=1)" if _SOAK else "sampled"
-    return [f"upkeep: long suites run {extent}; seed {_SEED} (again with UPKEEP_SEED={_SEED})"]
+    extent = "in full (UPKEEP_SOAK=1)" if SOAK else "sampled"
+    return [f"upkeep: long suites run {extent}; seed {SEED} (again with UPKEEP_SEED={SEED})"]
 
 
 def _lacking(item: pytest.Item) -> str:
@@ -67,10 +67,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def seed() -> int:
     """The seed of this run's sampled suites (printed in the header)."""
-    return _SEED
+    return SEED
 
 
 @pytest.fixture(scope="session")
 def soak() -> bool:
     """True where the long suites are to run in full."""
-    return _SOAK
+    return SOAK

@@ -1,6 +1,5 @@
 """A PKI of the real kubeadm, made once; each test gets a copy of its own."""
 
-import os
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,19 +10,6 @@ import pytest
 from remediator.model import Step
 from tests.cluster.kubernetes_build import kubernetes_binaries
 from tests.cluster.pki import Pki, Remaining, kubeadm_pki, set_remaining
-
-_SOAK_ONLY = "test_c12_"
-"""Minutes long, of one component's back-off; left to `make soak` (UPKEEP_SOAK=1)."""
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect, and so count, what only a soak runs."""
-    if os.environ.get("UPKEEP_SOAK") == "1":
-        return
-    left_out = [i for i in items if i.name.startswith(_SOAK_ONLY) and "on_cluster" in i.nodeid]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
-
 
 MakePki = Callable[..., Pki]
 

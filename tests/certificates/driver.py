@@ -1,8 +1,9 @@
-"""Runs one rotation on the node it is started on, as the worker would, with a step log in a file.
+"""Runs one rotation or restore on the node it is started on, as the command line does, and dies.
 
-`python -m tests.certificates.driver LOG OPTIONS` where OPTIONS is JSON: `force`, `kill_after`
-(SIGKILL to itself after so many records), `resume`, `settings`. It prints one line of
-JSON, and each record of a step on stderr.
+`python -m tests.certificates.driver FOLDER OPTIONS` where OPTIONS is JSON: `force`, `restore` (a
+backup), `kill_after` (SIGKILL to itself after so many records of steps), `resume` (finish what a
+dead one began, and nothing else), `sabotage` (a name in SABOTAGES), `settings`. The journal is in
+FOLDER. It prints the remediation as one line of JSON, and each step on stderr.
 """
 
 import asyncio
@@ -10,8 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,94 +21,112 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
+from exporter import logs
+from remediator.config import load
+from remediator.fixes import settings_types
 from remediator.fixes.certificates import RotateCertificates, Settings, commands
-from remediator.model import CheckError, FixError, Step, Steps, Target
+from remediator.flags import read
+from remediator.hand import Forced, Hands, LiveJournal
+from remediator.host import HostClock
+from remediator.model import Claim, Remediation, Step, Target
 
 
-class FileLog:
-    """On disk before `record` returns."""
+class DyingJournal(LiveJournal):
+    """Kills its process as soon as so many records of steps are on disk; 0: never."""
 
     def __init__(self, path: Path, kill_after: int) -> None:
-        self._path = path
+        super().__init__(path, HostClock(), lambda line: print(line, file=sys.stderr, flush=True))
         self._left = kill_after
-        self.steps: list[Step] = []
-        if path.exists():
-            self.steps = msgspec.json.decode(path.read_bytes(), type=list[Step])
 
-    async def record(self, index: int, step: Step) -> None:
-        if index == len(self.steps):
-            self.steps.append(step)
-        else:
-            self.steps[index] = step
-        temporary = self._path.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(self.steps))
-        temporary.rename(self._path)
-        print(
-            datetime.now(UTC).strftime("%H:%M:%S"),
-            "begins" if step.ok is None else "ends",
-            step.name,
-            step.ok,
-            step.result,
-            file=sys.stderr,
-            flush=True,
-        )
+    async def record_step(self, remediation_id: str, claim: Claim, index: int, step: Step) -> None:
+        await super().record_step(remediation_id, claim, index, step)
         self._left -= 1
         if self._left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def foreign_ca(arguments: Sequence[str], timeout: float) -> commands.Completed:
-    """kubeadm, after which the API server's pair is whole, and signed by the wrong CA."""
+PKI = Path("/etc/kubernetes/pki")
+
+
+def _sign_by_another(name: str) -> None:
+    """Make a pair whole that is signed by the wrong CA."""
+    path = PKI / f"{name}.crt"
+    request = x509.load_pem_x509_certificate(path.read_bytes())
+    key = load_pem_private_key((PKI / "front-proxy-ca.key").read_bytes(), password=None)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(request.subject)
+        .issuer_name(request.issuer)
+        .public_key(request.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(request.not_valid_before_utc)
+        .not_valid_after(request.not_valid_after_utc)
+    )
+    for extension in request.extensions:
+        builder = builder.add_extension(extension.value, extension.critical)
+    signed = builder.sign(cast("RSAPrivateKey", key), SHA256())
+    path.write_bytes(signed.public_bytes(Encoding.PEM))
+
+
+async def foreign_apiserver(arguments: Sequence[str], timeout: float) -> commands.Completed:
+    """kubeadm, after which nobody trusts what the API server will serve."""
     done = await commands.run(arguments, timeout)
     if "renew" in arguments:
-        pki = Path("/etc/kubernetes/pki")
-        request = x509.load_pem_x509_certificate((pki / "apiserver.crt").read_bytes())
-        key = load_pem_private_key((pki / "front-proxy-ca.key").read_bytes(), password=None)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(request.subject)
-            .issuer_name(request.issuer)
-            .public_key(request.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(request.not_valid_before_utc)
-            .not_valid_after(request.not_valid_after_utc)
-        )
-        for extension in request.extensions:
-            builder = builder.add_extension(extension.value, extension.critical)
-        signed = builder.sign(cast("RSAPrivateKey", key), SHA256())
-        (pki / "apiserver.crt").write_bytes(signed.public_bytes(Encoding.PEM))
+        _sign_by_another("apiserver")
     return done
 
 
-async def drive(path: Path, options: dict[str, Any]) -> dict[str, Any]:
+async def foreign_etcd(arguments: Sequence[str], timeout: float) -> commands.Completed:
+    """kubeadm, after which nobody trusts what etcd will serve."""
+    done = await commands.run(arguments, timeout)
+    if "renew" in arguments:
+        _sign_by_another("etcd/server")
+    return done
+
+
+async def half(arguments: Sequence[str], timeout: float) -> commands.Completed:
+    """kubeadm that gives up in the middle: some renewed, one key already replaced."""
+    if "renew" not in arguments:
+        return await commands.run(arguments, timeout)
+    for name in ("admin.conf", "apiserver", "etcd-server"):
+        await commands.run([name if word == "all" else word for word in arguments], timeout)
+    (PKI / "front-proxy-client.key").write_bytes((PKI / "apiserver.key").read_bytes())
+    return commands.Completed(status=1, output="error: no more")
+
+
+SABOTAGES: Mapping[str, commands.Run] = {
+    "": commands.run,
+    "apiserver": foreign_apiserver,
+    "etcd": foreign_etcd,
+    "half": half,
+}
+
+
+async def drive(folder: Path, options: dict[str, Any]) -> Remediation | None:
     node = os.uname().nodename
-    settings = msgspec.convert(options.get("settings", {}), Settings)
-    run = foreign_ca if options.get("sabotage") else commands.run
-    fix = RotateCertificates(settings, node_name=node, run=run)
+    config, _ = load(None, settings_types())
+    _, flags = read(["serve", f"--journal={folder}/journal.db", f"--node-name={node}"], {})
+    fix = RotateCertificates(
+        msgspec.convert(options.get("settings", {}), Settings),
+        node_name=node,
+        run=SABOTAGES[options.get("sabotage", "")],
+    )
     target = Target(node=node)
-    log = FileLog(path, options.get("kill_after", 0))
-    steps = Steps(log.record, lambda: datetime.now(UTC), log.steps)
+    journal = DyingJournal(flags.journal, options.get("kill_after", 0))
+    hands = Hands(flags, config, fix, journal)
     try:
         if options.get("resume"):
-            outcome = await fix.resume(target, steps)
-            return {"phase": outcome.phase, "reason": outcome.reason, "message": outcome.message}
-        condition = await (fix.force(target) if options.get("force") else fix.check(target))
-        if not condition.broken:
-            return {"phase": "Skipped", "reason": condition.reason, "message": condition.message}
-        outcome = await fix.apply(target, condition, steps)
-        verdict = await fix.verify(target, condition)
-    except FixError as error:
-        return {"phase": "Failed", "reason": error.reason, "message": str(error)}
-    except CheckError as error:
-        return {"phase": "Failed", "reason": "CheckError", "message": str(error)}
-    return {
-        "phase": outcome.phase,
-        "reason": outcome.reason,
-        "message": outcome.message,
-        "still_broken": verdict.broken,
-        "plan": condition.plan,
-    }
+            left = await hands.finish_left(target)
+            return left[0] if left else None
+        if backup := options.get("restore"):
+            restoring = fix.restoring(backup, forced=options.get("force", False))
+            return await hands.run(target, "test", restoring)
+        return await hands.run(target, "test", Forced(fix) if options.get("force") else fix)
+    finally:
+        await journal.aclose()
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(drive(Path(sys.argv[1]), json.loads(sys.argv[2])))))
+    logs.configure(level="info", format="logfmt")
+    said = asyncio.run(drive(Path(sys.argv[1]), json.loads(sys.argv[2])))
+    print(msgspec.json.encode(said).decode())

@@ -12,7 +12,6 @@ import pytest
 
 from exporter.checks.certificates import Root
 from remediator.fixes.certificates.backup import (
-    ARCHIVE,
     BackupError,
     BackupWriter,
     directory_problem,
@@ -22,9 +21,8 @@ from remediator.fixes.certificates.backup import (
 )
 from remediator.fixes.certificates.copies import renew_copy
 from remediator.fixes.certificates.etcd import Member, quorum_problem
-from remediator.model import FixError, Phase
 from tests.certificates.conftest import MakePki, StepLog
-from tests.certificates.test_rotate import BACKUPS, NODE, files, rotate, serials, steps
+from tests.certificates.test_rotate import BACKUPS, NODE, files, rotate, steps
 from tests.cluster.pki import Pki, set_remaining
 
 pytestmark = [pytest.mark.root, pytest.mark.debian]
@@ -35,50 +33,6 @@ async def rotated(pki: Pki) -> str:
     fix = rotate(pki)
     await fix.apply(NODE, await fix.force(NODE), steps(StepLog()))
     return max(p.name for p in (pki.rootfs / BACKUPS.lstrip("/")).iterdir())
-
-
-async def test_restore_puts_the_pki_back_with_owners_and_modes(
-    make_pki: MakePki, step_log: StepLog
-) -> None:
-    pki = make_pki(timedelta(days=20))
-    key = pki.directory / "pki/apiserver.key"
-    os.chown(key, 12, 34)
-    key.chmod(0o640)
-    before = serials(pki)
-    name = await rotated(pki)
-    key.unlink()
-    (pki.directory / "admin.conf").write_text("")
-    outcome = await rotate(pki).restore(name, steps(step_log))
-    assert (outcome.phase, outcome.reason) == (Phase.SUCCEEDED, "Restored")
-    assert serials(pki) == before
-    found = key.stat()
-    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12, 34, 0o640)
-    assert step_log.names == ["backup", "roll back"]
-
-
-async def test_an_expired_pair_is_never_restored(make_pki: MakePki, step_log: StepLog) -> None:
-    pki = make_pki({"scheduler.conf": timedelta(days=-1)})
-    name = await rotated(pki)
-    before = files(pki.directory)
-    with pytest.raises(FixError, match=r"expired in .*scheduler.conf") as caught:
-        await rotate(pki).restore(name, steps(step_log))
-    assert caught.value.reason == "RestoreRefused"
-    assert files(pki.directory) == before
-
-
-async def test_restoring_what_is_no_whole_backup_is_refused(
-    make_pki: MakePki, step_log: StepLog
-) -> None:
-    pki = make_pki()
-    name = await rotated(pki)
-    with pytest.raises(FixError, match="not a whole backup"):
-        await rotate(pki).restore("no-such", steps(step_log))
-    archive = pki.rootfs / BACKUPS.lstrip("/") / name / ARCHIVE
-    archive.write_bytes(archive.read_bytes()[:-100])
-    before = files(pki.directory)
-    with pytest.raises(FixError, match="not a whole backup"):
-        await rotate(pki).restore(name, steps(step_log))
-    assert files(pki.directory) == before
 
 
 async def test_only_so_many_backups_are_kept(make_pki: MakePki) -> None:

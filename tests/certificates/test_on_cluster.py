@@ -4,79 +4,35 @@ The order of the tests is that of the file: each leaves a healthy cluster with a
 """
 
 import json
-import random
-import subprocess
+import os
+import signal
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 
-from deploy.local.debian import binary
-from exporter.checks.certificates import CertificateReader, Root
-from exporter.checks.certificates.components import find_processes, served_files
+from exporter.checks.certificates import Root
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.cluster import refuse_unready_peers
 from remediator.fixes.certificates.lease import FAILED, NAME, RotationLease
 from remediator.fixes.certificates.plan import RefusedError
-from tests.cluster.certificates import expire_certificates, served_certificate
+from tests.certificates.rounds import (
+    BACKUPS,
+    PYTHON,
+    assert_healthy,
+    drive,
+    exporter_check,
+    make_patient,
+    newest_backup,
+    serials,
+)
+from tests.cluster.certificates import component_pid, expire_certificates
 from tests.cluster.kubeadm import COMPONENTS, KubeadmCluster
 from tests.cluster.pki import AUTHORITIES, LEAVES, read_certificates
 
 pytestmark = [pytest.mark.root, pytest.mark.debian, pytest.mark.cluster]
-
-# How many records of the step log a whole rotation makes: two for each step.
-RECORDS = 22
-PYTHON = Path(__file__).resolve().parents[2] / ".venv/bin/python"
-
-
-def drive(
-    cluster: KubeadmCluster, log: Path, *, timeout: float = 900, **options: Any
-) -> dict[str, Any]:
-    """One run of the fix on the node; what it said, or {} where it was killed."""
-    node = cluster.nodes[0]
-    command: list[str | Path] = [PYTHON, "-m", "tests.certificates.driver", log]
-    command.append(json.dumps(options))
-    done = node.run(command, check=False, timeout=timeout)
-    print(done.stderr)
-    if not done.stdout.strip():
-        return {}
-    answer: dict[str, Any] = json.loads(done.stdout)
-    print(answer)
-    return answer
-
-
-def exporter_check(cluster: KubeadmCluster) -> dict[str, Any]:
-    done = cluster.nodes[0].run(
-        [PYTHON, "-m", "exporter", "--check", "certificates", "-o", "json"], timeout=120
-    )
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
-
-
-def serials(cluster: KubeadmCluster) -> dict[str, int]:
-    found = read_certificates(cluster.nodes[0].root / "etc/kubernetes")
-    return {n: c.serial_number for n, c in found.items() if n in LEAVES and n != "kubelet.conf"}
-
-
-def assert_healthy(cluster: KubeadmCluster) -> None:
-    """Everything runs, serves what is on disk, and nothing is stale."""
-    assert cluster.kubectl("get", "--raw=/readyz", timeout=120) == "ok"
-    node = cluster.nodes[0]
-    root = Root(node.root)
-    files = [file for file in served_files(root) if file.component != "kubelet"]
-    assert {file.name for file in files} == {"apiserver", "etcd-server", "etcd-peer"}
-    address = cluster.server.removeprefix("https://").rpartition(":")[0]
-    inventory = CertificateReader(root, [file.path for file in files]).read()
-    on_disk = {c.path: c.serial for c in inventory.certificates}
-    for file in files:
-        port = int(file.endpoint.rpartition(":")[2])
-        served = served_certificate(address, port)
-        assert served is not None, file.endpoint
-        assert served.serial_number == int(on_disk[file.path], 16), file.endpoint
-    report = exporter_check(cluster)
-    assert not [note for note in report["notes"] if "older certificate" in note]
-    assert {p.component for p in find_processes(Path("/proc"), root)} >= set(COMPONENTS)
 
 
 def test_the_same_dates_as_kubeadm_and_what_it_does_not_know(
@@ -108,45 +64,6 @@ def test_the_same_dates_as_kubeadm_and_what_it_does_not_know(
     assert managed == set(kubeadm) - set(AUTHORITIES)
     others = {f["name"] for f in findings} - set(kubeadm)
     assert {"kubelet-client-current", "kubelet"} <= others
-
-
-def test_c2_killed_at_a_step_and_resumed_ends_whole(
-    kubeadm_cluster: KubeadmCluster, tmp_path: Path, seed: int, *, soak: bool
-) -> None:
-    points = list(range(1, RECORDS + 1)) if soak else [random.Random(seed).randint(7, 16)]
-    for point in points:
-        log = tmp_path / f"log{point}"
-        before = serials(kubeadm_cluster)
-        print(f"killed after record {point} of the step log")
-        killed = drive(kubeadm_cluster, log, force=True, kill_after=point)
-        if killed:  # it had ended before
-            assert killed["phase"] == "Succeeded"
-            continue
-        resumed = drive(kubeadm_cluster, log, resume=True)
-        after = serials(kubeadm_cluster)
-        renewed = {name for name in before if before[name] != after[name]}
-        if resumed["phase"] == "Succeeded":
-            assert renewed == set(before)
-        else:
-            assert resumed["reason"] == "Interrupted"
-            assert not renewed
-        assert_healthy(kubeadm_cluster)
-        lease = kubeadm_cluster.get("lease", NAME, "--namespace=kube-system")
-        assert not lease["spec"].get("holderIdentity")
-        marked = FAILED in (lease["metadata"].get("annotations") or {})
-        assert marked == (resumed["phase"] != "Succeeded" and bool(renewed or point > 6))
-    snapshots = sorted(
-        (kubeadm_cluster.nodes[0].root / "var/lib/upkeep/backups").glob("2*/etcd-snapshot.db")
-    )
-    if snapshots:
-        said = subprocess.run(
-            [binary("etcdctl"), "snapshot", "status", snapshots[-1], "--write-out=json"],
-            env={"ETCDCTL_API": "3"},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        assert json.loads(said)["totalKey"] > 50
 
 
 def lease(cluster: KubeadmCluster, node: str, now: datetime | None = None) -> RotationLease:
@@ -215,21 +132,124 @@ async def test_c5_a_peer_that_is_not_ready_is_named(kubeadm_cluster: KubeadmClus
         kubeadm_cluster.kubectl("delete", "node", "peer")
 
 
+def _rolled_back(cluster: KubeadmCluster, folder: Path, component: str, timeout: float) -> None:
+    make_patient(cluster)
+    before = serials(cluster)
+    settings = {"component_timeout": timeout}
+    answer = drive(cluster, folder, force=True, sabotage=component, settings=settings)
+    assert (answer["phase"], answer["reason"]) == ("Failed", "RolledBack")
+    assert component in answer["message"]
+    assert serials(cluster) == before
+    assert_healthy(cluster)
+
+
 def test_c12_a_component_that_does_not_come_up_is_rolled_back(
+    no_lease: KubeadmCluster, tmp_path: Path, *, soak: bool
+) -> None:
+    _rolled_back(no_lease, tmp_path, "etcd", 25)
+    if soak:  # its back-off alone takes minutes
+        _rolled_back(no_lease, tmp_path / "again", "apiserver", 90)
+
+
+def _stale(cluster: KubeadmCluster) -> set[str]:
+    """Which components the exporter says still use older certificates."""
+    notes = [note for note in exporter_check(cluster)["notes"] if "older certificate" in note]
+    return {name for name in COMPONENTS if any(name in note for note in notes)}
+
+
+def _serves_by_itself(cluster: KubeadmCluster, port: int) -> x509.Certificate:
+    """What a component serves on its own loopback port."""
+    ask = f"import ssl; print(ssl.get_server_certificate(('127.0.0.1', {port})))"
+    pem = cluster.nodes[0].run([PYTHON, "-c", ask]).stdout
+    return x509.load_pem_x509_certificate(pem.encode())
+
+
+def test_c18_what_no_renewal_touches_is_not_stale(no_lease: KubeadmCluster, tmp_path: Path) -> None:
+    make_patient(no_lease)
+    served = {port: _serves_by_itself(no_lease, port) for port in (10257, 10259)}
+    done = drive(no_lease, tmp_path / "files", force=True, settings={"restart": "none"})
+    assert done["phase"] == "Succeeded"
+    # Not by what they serve, which is as it was, but by when they started.
+    assert _stale(no_lease) >= {"kube-controller-manager", "kube-scheduler"}
+    assert served == {port: _serves_by_itself(no_lease, port) for port in served}
+
+    done = drive(no_lease, tmp_path / "all", force=True, settings={"restart": "needed"})
+    assert done["phase"] == "Succeeded"
+    assert not _stale(no_lease) & {"kube-controller-manager", "kube-scheduler"}
+    cluster_ca = read_certificates(no_lease.nodes[0].root / "etc/kubernetes")["ca"].subject
+    for port in served:
+        assert _serves_by_itself(no_lease, port).issuer != cluster_ca
+    assert_healthy(no_lease, within=90)
+
+
+def _scheduler(cluster: KubeadmCluster) -> dict[str, Any]:
+    pod = f"kube-scheduler-{cluster.nodes[0].name}"
+    found = cluster.get("pod", pod, "--namespace=kube-system")
+    status: dict[str, Any] = found["status"]["containerStatuses"][0]
+    return status
+
+
+def test_c17_a_component_in_its_back_off_is_waited_for(
     no_lease: KubeadmCluster, tmp_path: Path
 ) -> None:
-    before = serials(no_lease)
-    answer = drive(
-        no_lease,
-        tmp_path / "log",
-        force=True,
-        sabotage=True,
-        settings={"component_timeout": 90},
-    )
-    assert (answer["phase"], answer["reason"]) == ("Failed", "RolledBack")
-    assert "kube-apiserver" in answer["message"]
-    assert serials(no_lease) == before
+    make_patient(no_lease)
+    node = no_lease.nodes[0]
+
+    def is_back_off() -> bool:
+        if (pid := component_pid(node, "kube-scheduler")) is not None:
+            os.kill(pid, signal.SIGKILL)
+        waiting = _scheduler(no_lease)["state"].get("waiting", {})
+        return bool(waiting.get("reason") == "CrashLoopBackOff")
+
+    no_lease.wait("CrashLoopBackOff of the scheduler", is_back_off)
+    restarts = _scheduler(no_lease)["restartCount"]
+
+    done = drive(no_lease, tmp_path, force=True, settings={"restart": "needed"})
+
+    assert done["phase"] == "Succeeded"
+    (step,) = (s for s in done["steps"] if s["name"] == "restart kube-scheduler")
+    assert "needs no restart" in step["result"], step
+    no_lease.wait("the scheduler Ready", lambda: bool(_scheduler(no_lease)["ready"]))
+    assert _scheduler(no_lease)["restartCount"] == restarts + 1
+    assert_healthy(no_lease, within=90)
+
+
+async def test_a_restore_waits_for_no_other_and_is_in_use(
+    no_lease: KubeadmCluster, tmp_path: Path
+) -> None:
+    make_patient(no_lease)
+    first = drive(no_lease, tmp_path / "first", force=True, settings={"restart": "needed"})
+    assert first["phase"] == "Succeeded"
+    newer = serials(no_lease)
+    backup = newest_backup(no_lease)
+    typed: list[str | Path] = [
+        PYTHON,
+        "-m",
+        "remediator",
+        "restore",
+        backup,
+        f"--journal={tmp_path}/journal.db",
+    ]
+
+    await lease(no_lease, "node-b").acquire()
+    refused = no_lease.nodes[0].run(typed, check=False, timeout=120)
+    assert refused.returncode == 1
+    assert "(AnotherRotating)" in refused.stdout
+    assert serials(no_lease) == newer
+    await lease(no_lease, "node-b").release()
+
+    done = no_lease.nodes[0].run(typed, timeout=600)
+    assert "Succeeded (Restored)" in done.stdout, done.stdout
+    folder = no_lease.nodes[0].root / BACKUPS / backup
+    index = json.loads((folder / "index.json").read_bytes())
+    kept = {name: int(serial, 16) for name, serial in index["serials"].items()}
+    assert serials(no_lease) == kept
+    assert not newer.items() & kept.items()
     assert_healthy(no_lease)
+    status = ["etcdctl", "snapshot", "status", "--write-out=json", f"/{BACKUPS}/{backup}"]
+    status[-1] += "/etcd-snapshot.db"
+    said = no_lease.nodes[0].run(status, env={"ETCDCTL_API": "3"}).stdout
+    assert json.loads(said)["totalKey"] > 50
 
 
 def test_c13_expired_certificates_are_recovered(no_lease: KubeadmCluster, tmp_path: Path) -> None:
@@ -240,7 +260,7 @@ def test_c13_expired_certificates_are_recovered(no_lease: KubeadmCluster, tmp_pa
     assert left_to_people.get("reason") == "RecoveryByPerson", left_to_people
     answer = drive(no_lease, tmp_path / "log", settings={"recovery": "single"})
     assert answer["phase"] == "Succeeded", answer
-    assert any("stop etcd" in sentence for sentence in answer["plan"])
+    assert any("stop etcd" in sentence for sentence in answer["condition"]["plan"])
     assert_healthy(no_lease)
     left = [
         c.not_valid_after_utc - datetime.now(UTC)

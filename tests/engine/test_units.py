@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy.local.debian import require_installed, unpack
+from remediator.flags import read
 
 _UNITS = Path(__file__).resolve().parent.parent.parent / "deploy" / "systemd"
 
@@ -16,7 +17,7 @@ def _verify(folder: Path) -> list[str]:
     require_installed("libsystemd-shared")  # a library, where systemd itself is only unpacked
     program = unpack("systemd") / "usr/bin/systemd-analyze"
     done = subprocess.run(
-        [program, "verify", *sorted(folder.glob("*.service"))],
+        [program, "verify", *sorted(folder.glob("*.service")), *sorted(folder.glob("*.timer"))],
         capture_output=True,
         text=True,
         check=False,
@@ -24,10 +25,26 @@ def _verify(folder: Path) -> list[str]:
     return done.stderr.splitlines()
 
 
+def _units() -> list[Path]:
+    return sorted(path for path in _UNITS.iterdir() if path.suffix in (".service", ".timer"))
+
+
+def test_what_the_units_start_is_a_command_line_that_parses() -> None:
+    started = [
+        line.removeprefix("ExecStart=/opt/upkeep/bin/upkeep-remediator ")
+        for unit in _units()
+        for line in unit.read_text().splitlines()
+        if line.startswith("ExecStart=/opt/upkeep/bin/upkeep-remediator ")
+    ]
+    assert len(started) == 2
+    commands = {line: read(line.split(), {})[0].command for line in started}
+    assert sorted(commands.values()) == ["run", "serve"]
+
+
 @pytest.mark.root
 @pytest.mark.debian
 def test_systemd_knows_every_setting_of_the_units(tmp_path: Path) -> None:
-    for unit in _UNITS.glob("*.service"):
+    for unit in _units():
         # /opt/upkeep is made by whoever installs; a program that is there stands in for it.
         text = unit.read_text().replace("/opt/upkeep/bin/upkeep-", f"{tmp_path}/upkeep-")
         (tmp_path / unit.name).write_text(text)
@@ -39,3 +56,6 @@ def test_systemd_knows_every_setting_of_the_units(tmp_path: Path) -> None:
         broken.replace("ProtectSystem=strict", "ProtectSystem=very")
     )
     assert any("parse protect system" in line for line in _verify(tmp_path))
+    timer = tmp_path / "upkeep-rotate-certificates.timer"
+    timer.write_text(timer.read_text().replace("OnCalendar=daily", "OnCalendar=dayly"))
+    assert any("calendar" in line for line in _verify(tmp_path))

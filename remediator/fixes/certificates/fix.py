@@ -13,13 +13,24 @@ from pathlib import Path
 from exporter.checks.certificates import DAY, Certificate, Root, is_due
 from exporter.logs import get_logger
 from remediator.fixes.certificates import commands
+from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.kubeadm import Kubeadm
 from remediator.fixes.certificates.layout import Layout, Pair, read_layout
+from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import RefusedError, RotationPlan
 from remediator.fixes.certificates.preflight import Preflight
+from remediator.fixes.certificates.renewal import await_kubeadm
+from remediator.fixes.certificates.restore import (
+    PUT_BACK,
+    Listed,
+    Restore,
+    Restoring,
+    list_backups,
+)
 from remediator.fixes.certificates.rotation import INTERRUPTED, Rotation
 from remediator.fixes.certificates.settings import Settings
-from remediator.model import CheckError, Condition, Outcome, Phase, Steps, Target
+from remediator.fixes.certificates.uptake import Uptake
+from remediator.model import CheckError, Condition, Fix, Outcome, Phase, Steps, Target
 
 log = get_logger("remediator.rotate-certificates")
 
@@ -32,7 +43,7 @@ class RotateCertificates:
     name = "rotate-certificates"
     target_labels = ("node",)
     reasons: Mapping[Phase, tuple[str, ...]] = {
-        Phase.SUCCEEDED: ("Renewed",),
+        Phase.SUCCEEDED: ("Renewed", *Restore.reasons[Phase.SUCCEEDED]),
         Phase.FAILED: (
             "BackupFailed",
             "RenewalFailed",
@@ -40,8 +51,9 @@ class RotateCertificates:
             "RollbackFailed",
             "RestartFailed",
             INTERRUPTED,
+            *Restore.reasons[Phase.FAILED],
         ),
-        Phase.SKIPPED: (CLEARED, *Preflight.reasons),
+        Phase.SKIPPED: (CLEARED, *Preflight.reasons, *Restore.reasons[Phase.SKIPPED]),
     }
 
     def __init__(
@@ -60,6 +72,7 @@ class RotateCertificates:
         self._root = Root(rootfs)
         self._clock = clock
         self.deadline = settings.deadline
+        self._procfs = procfs
         kubeadm = Kubeadm(self._root, run, path=settings.kubeadm, timeout=settings.kubeadm_timeout)
         self._preflight = Preflight(
             settings, root=self._root, kubeadm=kubeadm, clock=clock, node_name=node_name
@@ -69,6 +82,16 @@ class RotateCertificates:
             root=self._root,
             procfs=procfs,
             kubeadm=kubeadm,
+            clock=clock,
+            node_name=node_name,
+        )
+        self._restore = Restore(
+            settings,
+            root=self._root,
+            uptake=Uptake(
+                settings, root=self._root, procfs=procfs, clock=clock, node_name=node_name
+            ),
+            lease=RotationLease(ApiServer(self._root), node_name, settings.deadline, clock),
             clock=clock,
             node_name=node_name,
         )
@@ -157,12 +180,19 @@ class RotateCertificates:
 
     async def resume(self, target: Target, steps: Steps) -> Outcome:
         """Finish or undo what a dead owner began."""
+        await await_kubeadm(self._procfs, self._settings.kubeadm_timeout)
+        if any(step.name == PUT_BACK for step in steps.earlier):
+            return await self._restore.resume(steps)
         layout = await asyncio.to_thread(self._read_layout_or_none, target)
         return await self._rotation.resume(layout, steps)
 
-    async def restore(self, backup: str, steps: Steps) -> Outcome:
-        """`upkeep-remediator restore BACKUP`: put a backup's PKI back and in use. FixError."""
-        return await self._rotation.restore(backup, steps)
+    def restoring(self, backup: str, *, forced: bool) -> Fix:
+        """`upkeep-remediator restore BACKUP`: the fix that puts this backup back and in use."""
+        return Restoring(self._restore, self, backup, forced=forced)
+
+    def backups(self) -> list[Listed]:
+        """What there is to restore, newest first."""
+        return list_backups(self._root, self._settings.backup_directory)
 
     def _read_layout_or_none(self, target: Target) -> Layout | None:
         try:

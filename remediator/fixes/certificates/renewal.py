@@ -1,8 +1,11 @@
 """Whether a renewal came out whole, and putting back what did not."""
 
 import asyncio
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from exporter.checks.certificates import Root
 from exporter.checks.certificates.layouts import PKI_DIRECTORIES
@@ -10,6 +13,8 @@ from exporter.checks.certificates.parsing import parse
 from remediator.fixes.certificates.backup import Backup, BackupError, put_back, read_files
 from remediator.fixes.certificates.layout import Layout, PairError, check_pair, read_layout
 from remediator.model import CheckError, FixError, Steps
+
+ROLL_BACK = "roll back"
 
 
 class RenewalError(Exception):
@@ -50,10 +55,45 @@ def is_whole(root: Root, layout: Layout, old: Mapping[str, str], now: float) -> 
     return True
 
 
-async def roll_back(root: Root, backup: Backup, steps: Steps) -> Layout:
-    """Put back every certificate, key and kubeconfig of kubeadm's; what there is then. FixError."""
+async def await_kubeadm(procfs: Path, timeout: float) -> None:  # noqa: ASYNC109
+    """Wait for the end of a `kubeadm certs renew` that outlived its remediator. FixError.
+
+    Until then the files are its own: what it would still write must not be taken for the result.
+    """
+    ends = time.monotonic() + timeout
+    while (pid := await asyncio.to_thread(_renewing, procfs)) is not None:
+        if time.monotonic() > ends:
+            raise FixError(
+                "RollbackFailed",
+                f"kubeadm (pid {pid}) of the interrupted rotation has not ended within "
+                f"{timeout:g} s; end it, then look at the last backup",
+            )
+        await asyncio.sleep(0.2)
+
+
+def _renewing(procfs: Path) -> int | None:
+    for entry in os.scandir(procfs):
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (Path(entry.path) / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"renew" in words and any(word.rsplit(b"/", 1)[-1] == b"kubeadm" for word in words):
+            return int(entry.name)
+    return None
+
+
+async def roll_back(
+    root: Root, backup: Backup, steps: Steps, *, name: str = ROLL_BACK, **data: Any
+) -> Layout:
+    """Put back every certificate, key and kubeconfig of kubeadm's; what there is then. FixError.
+
+    name, data: of the step.
+    """
     paths = [path for path in backup.index.files if _is_kubeadms(path, backup.index.serials)]
-    async with steps.step("roll back", f"put back the files of {backup.directory.name}") as step:
+    message = f"put back the files of {backup.directory.name}"
+    async with steps.step(name, message, **data) as step:
         try:
             changed = await asyncio.to_thread(put_back, root, backup, paths)
             layout = await asyncio.to_thread(read_layout, root)

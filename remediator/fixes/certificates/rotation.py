@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from exporter.checks.certificates import Root
 from exporter.kubernetes.access import AccessError
 from exporter.kubernetes.client import ApiError
@@ -37,9 +39,9 @@ from remediator.fixes.certificates.plan import (
     saved_configuration,
 )
 from remediator.fixes.certificates.renewal import (
+    ROLL_BACK,
     RenewalError,
     check_renewed,
-    expired_in,
     is_whole,
     roll_back,
 )
@@ -262,54 +264,13 @@ class Rotation:
         layout = await roll_back(self._root, backup, steps)
         try:
             await self._uptake.restart(plan.components, layout, steps, since=begun)
-        except RestartError as error:
+            if plan.has_cluster and self._settings.restart != "none":
+                # An API server that read the new ones by itself serves them for a minute more.
+                await self._uptake.verify(plan.components, layout, steps)
+        except (RestartError, NotServedError, OSError) as error:
             raise FixError(
                 "RestartFailed", f"{why}; the old certificates were put back, but {error}"
             ) from error
-
-    async def restore(self, backup: str, steps: Steps) -> Outcome:
-        """Put the PKI of a backup back and in use; by hand only. FixError.
-
-        backup: its name in backup_directory, or its path on the host.
-        """
-        path = backup if backup.startswith("/") else f"{self._settings.backup_directory}/{backup}"
-        now = self._clock()
-        try:
-            found = await asyncio.to_thread(load, Path(self._root.resolve(path)))
-            if found.index.node != self._node:
-                raise FixError("RestoreRefused", f"{path} is of node {found.index.node}")
-            if expired := await asyncio.to_thread(expired_in, found, now):
-                raise FixError(
-                    "RestoreRefused", f"expired in {path}: {', '.join(expired)}; renew instead"
-                )
-            await self._keep_present(steps)
-            layout = await roll_back(self._root, found, steps)
-            components = components_here(self._root)
-            await self._uptake.restart(components, layout, steps)
-            if "kube-apiserver" in components and self._settings.restart != "none":
-                await self._uptake.verify(components, layout, steps)
-        except (BackupError, OSError) as error:
-            raise FixError("RestoreRefused", f"{error}; nothing was changed") from None
-        except (RestartError, NotServedError) as error:
-            raise FixError("RestartFailed", f"the files of {path} are back, but {error}") from None
-        return Outcome(
-            phase=Phase.SUCCEEDED,
-            reason="Restored",
-            message=f"the PKI of {path} is back and in use",
-        )
-
-    async def _keep_present(self, steps: Steps) -> None:
-        """What is there now goes into a backup of its own: a restore can be a mistake too."""
-        created = datetime.fromtimestamp(self._clock(), UTC)
-        name = created.strftime("%Y%m%dT%H%M%SZ") + "-before-restore"
-        async with steps.step("backup", f"keep what is there now as {name}"):
-            writer = BackupWriter(self._root, self._settings.backup_directory, name)
-            try:
-                files = await asyncio.to_thread(writer.add_files, ())
-                index = Index(node=self._node, created=created, serials={}, files=files)
-                writer.finish(index)
-            finally:
-                writer.discard()
 
     async def resume(self, layout: Layout | None, steps: Steps) -> Outcome:
         """Finish or undo what a dead owner began; by what is on disk, never blindly."""
@@ -319,7 +280,7 @@ class Rotation:
             return Outcome(
                 phase=Phase.FAILED,
                 reason=INTERRUPTED,
-                message="the rotation was interrupted before any certificate was changed",
+                message="it was interrupted before any certificate was changed",
             )
         failed = "it was interrupted, and ending it failed"
         try:
@@ -351,7 +312,7 @@ class Rotation:
             backup = await asyncio.to_thread(load, directory)
         except BackupError as error:
             raise FixError("RollbackFailed", str(error)) from None
-        undone = any(step.name == "roll back" for step in steps.earlier)
+        undone = any(step.name == ROLL_BACK for step in steps.earlier)
         whole = layout is not None and is_whole(self._root, layout, data["serials"], self._clock())
         plan = RotationPlan(
             layout=layout or Layout(pki="", pairs=(), etcd=""),
@@ -366,8 +327,10 @@ class Rotation:
                 return await self._use(plan, steps)
             except (RestartError, NotServedError, OSError) as error:
                 why = f"{why}, and {error}"
-        elif plan.recovery and layout is not None:
-            return await self._change(plan, backup, steps)  # forward is the only way
+        elif plan.recovery:  # forward is the only way, from files that are whole
+            old = await roll_back(self._root, backup, steps)
+            plan = msgspec.structs.replace(plan, layout=old)
+            return await self._change(plan, backup, steps)
         await self._undo(plan, backup, data["begun"], steps, why=why)
         return Outcome(
             phase=Phase.FAILED,

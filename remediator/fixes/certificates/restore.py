@@ -1,0 +1,373 @@
+"""`upkeep-remediator restore`: a backup's certificates, keys and kubeconfigs back, and in use.
+
+Only a person asks for it. What is there now becomes a backup first, so a restore by mistake has a
+way back too. The step `put back` names the backup: whoever comes after a crash finishes it.
+"""
+
+import asyncio
+import stat
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from exporter.checks.certificates import Root
+from exporter.checks.certificates.parsing import parse
+from exporter.kubernetes.access import AccessError
+from exporter.kubernetes.client import ApiError
+from remediator.fixes.certificates.backup import (
+    ARCHIVE,
+    INDEX,
+    Backup,
+    BackupError,
+    BackupWriter,
+    Index,
+    load,
+    read_files,
+)
+from remediator.fixes.certificates.layout import PairError, check_pair, read_layout
+from remediator.fixes.certificates.lease import RotationLease
+from remediator.fixes.certificates.plan import RefusedError, components_here
+from remediator.fixes.certificates.renewal import expired_in, roll_back
+from remediator.fixes.certificates.restart import RestartError
+from remediator.fixes.certificates.settings import Settings
+from remediator.fixes.certificates.uptake import NotServedError, Uptake
+from remediator.model import (
+    CheckError,
+    Condition,
+    Fix,
+    FixError,
+    Outcome,
+    Phase,
+    Steps,
+    Target,
+)
+
+PUT_BACK = "put back"
+_KEPT = "-before-restore"
+
+
+class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a restore is going to do."""
+
+    backup: Backup
+    expired: tuple[str, ...]
+    """Paths of what has ended: then nothing is restarted, since nothing would work with it."""
+    locked: bool
+    """Whether an API server answers, and so whether the Lease and etcd's quorum can be asked."""
+
+
+class Restore:
+    """Puts a backup back on this node."""
+
+    reasons: Mapping[Phase, tuple[str, ...]] = {
+        Phase.SUCCEEDED: ("Restored",),
+        Phase.FAILED: ("RestoreFailed",),
+        Phase.SKIPPED: (
+            "NoBackup",
+            "BackupOpen",
+            "BackupForeign",
+            "BackupExpired",
+            "BackupUnsound",
+            "AlreadyThere",
+        ),
+    }
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        root: Root,
+        uptake: Uptake,
+        lease: RotationLease,
+        clock: Callable[[], float],
+        node_name: str,
+    ) -> None:
+        self._settings = settings
+        self._root = root
+        self._uptake = uptake
+        self._lease = lease
+        self._clock = clock
+        self._node = node_name
+
+    async def check(self, target: Target, name: str, *, forced: bool) -> Condition:
+        """Whether the backup may be put back. CheckError.
+
+        name: in backup_directory, or its path on the host. forced: also one whose certificates
+        have expired, or are of another CA than the present ones.
+        """
+        if target.node != self._node:
+            raise CheckError(f"this is node {self._node}, not {target.node}")
+        try:
+            plan = await self._plan(name, forced=forced)
+        except RefusedError as refused:
+            return Condition(broken=False, reason=refused.reason, message=str(refused))
+        index = plan.backup.index
+        message = f"backup {name} of {index.created:%Y-%m-%d %H:%M:%S} UTC can be put back"
+        return Condition(
+            broken=True,
+            reason="RestoreAsked",
+            message=f"{message}; expired in it: {', '.join(plan.expired)}"
+            if plan.expired
+            else message,
+            plan=self._describe(plan),
+            detail=plan,
+        )
+
+    def _describe(self, plan: RestorePlan) -> tuple[str, ...]:
+        index = plan.backup.index
+        sentences = [
+            f"keep what is there now as a backup in {self._settings.backup_directory}",
+            f"put back {', '.join(index.serials)} with their keys and CAs",
+        ]
+        components = components_here(self._root)
+        if plan.expired:
+            sentences.append("restart nothing, because they have expired")
+        elif components and self._settings.restart != "none":
+            sentences.append(f"restart, one after another: {', '.join(components)}")
+        return tuple(sentences)
+
+    async def _plan(self, name: str, *, forced: bool) -> RestorePlan:
+        directory = Path(self._root.resolve(self._path(name)))
+        backup = await asyncio.to_thread(self._usable, directory, name)
+        index = backup.index
+        if index.node != self._node:
+            raise RefusedError("BackupForeign", f"{name} is of node {index.node}, not {self._node}")
+        if not forced and await asyncio.to_thread(self._has_other_ca, backup):
+            raise RefusedError(
+                "BackupForeign",
+                f"{name} has another CA than this node has now: with it the node would fall out "
+                "of its cluster, unless that is what was lost; then --force",
+            )
+        expired = tuple(await asyncio.to_thread(expired_in, backup, self._clock()))
+        if expired and not forced:
+            raise RefusedError(
+                "BackupExpired",
+                f"expired in {name}: {', '.join(expired)}; renew instead, or --force where even "
+                "they are better than what is there",
+            )
+        if not forced and await asyncio.to_thread(self._serials) == index.serials:
+            raise RefusedError("AlreadyThere", f"the files of {name} are those on this node")
+        try:
+            await self._lease.check()
+        except (ApiError, AccessError):  # perhaps the very reason why it's asked for
+            return RestorePlan(backup=backup, expired=expired, locked=False)
+        return RestorePlan(backup=backup, expired=expired, locked=True)
+
+    def _path(self, name: str) -> str:
+        return name if name.startswith("/") else f"{self._settings.backup_directory}/{name}"
+
+    def _usable(self, directory: Path, name: str) -> Backup:
+        """A backup that is whole, and that nobody but its owner could have read or changed."""
+        if not (directory / INDEX).is_file():
+            raise RefusedError(
+                "NoBackup",
+                f"there is no finished backup {name}; `upkeep-remediator restore` lists them",
+            )
+        for path in (directory, directory / INDEX, directory / ARCHIVE):
+            if path.exists() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+                raise RefusedError(
+                    "BackupOpen",
+                    f"{path.name} has mode {mode:04o}: others may have read or changed it; look at "
+                    "it, then take their rights away",
+                )
+        try:
+            backup = load(directory)
+        except BackupError as error:
+            raise RefusedError("BackupUnsound", str(error)) from None
+        if not backup.index.serials or any(
+            ".." in PurePosixPath(p).parts for p in backup.index.files
+        ):
+            raise RefusedError(
+                "BackupUnsound",
+                f"{name} has no whole set of certificates and keys: it can be looked into, not put "
+                "back",
+            )
+        return backup
+
+    def _has_other_ca(self, backup: Backup) -> bool:
+        kept = read_files(backup, lambda path: path.endswith("ca.crt"))
+        for path, data in kept.items():
+            here = Path(self._root.resolve(path))
+            if here.is_file() and _fingerprints(here.read_bytes()) != _fingerprints(data):
+                return True
+        return False
+
+    async def run(self, plan: RestorePlan, steps: Steps) -> Outcome:
+        """Do it. FixError where it ended otherwise."""
+        if plan.locked:
+            async with steps.step("lock", "take the Lease that lets one node rotate at a time"):
+                try:
+                    await self._lease.acquire()
+                except RefusedError as refused:
+                    return Outcome(phase=Phase.SKIPPED, reason=refused.reason, message=str(refused))
+                except (ApiError, AccessError) as error:
+                    raise FixError("RestoreFailed", f"{error}; nothing was changed") from None
+        return await self._releasing(self._change(plan, steps), locked=plan.locked)
+
+    async def _releasing(self, work: Awaitable[Outcome], *, locked: bool) -> Outcome:
+        """Do the work, then give the Lease back, marked where it failed."""
+        failed = "a restore was interrupted"
+        try:
+            outcome = await work
+            failed = ""
+        except FixError as error:
+            failed = str(error)
+            raise
+        finally:
+            if locked:
+                await asyncio.shield(self._lease.release(failed=failed))
+        return outcome
+
+    async def _change(self, plan: RestorePlan, steps: Steps) -> Outcome:
+        try:
+            kept = await self._keep_present(steps)
+        except (BackupError, OSError) as error:
+            raise FixError("RestoreFailed", f"{error}; nothing was changed") from None
+        return await self._use(plan, kept, steps)
+
+    async def _keep_present(self, steps: Steps) -> str:
+        created = datetime.fromtimestamp(self._clock(), UTC)
+        name = created.strftime("%Y%m%dT%H%M%SZ") + _KEPT
+        async with steps.step("backup", f"keep what is there now as {name}") as step:
+            writer = BackupWriter(self._root, self._settings.backup_directory, name)
+            try:
+                files = await asyncio.to_thread(writer.add_files, ())
+                serials = await asyncio.to_thread(self._serials)
+                writer.finish(Index(node=self._node, created=created, serials=serials, files=files))
+            finally:
+                writer.discard()
+            step.result = f"{len(files)} files, read back and compared"
+        return name
+
+    def _serials(self) -> dict[str, str]:
+        """Of what is there; none where it is no whole set, which nobody should put back."""
+        try:
+            layout = read_layout(self._root)
+            for pair in layout.pairs:
+                check_pair(self._root, pair)
+        except (CheckError, PairError):
+            return {}
+        return layout.serials
+
+    async def _use(self, plan: RestorePlan, kept: str, steps: Steps) -> Outcome:
+        """Files, restarts, verification: each may be done twice. FixError."""
+        name = plan.backup.directory.name
+        data = {"directory": str(plan.backup.directory), "kept": kept, "locked": plan.locked}
+        layout = await roll_back(self._root, plan.backup, steps, name=PUT_BACK, **data)
+        if plan.expired:
+            return Outcome(
+                phase=Phase.SUCCEEDED,
+                reason="Restored",
+                message=f"the files of {name} are back; they have expired, so nothing was "
+                "restarted: upkeep-remediator run rotate-certificates --force",
+            )
+        components = components_here(self._root)
+        try:
+            await self._uptake.restart(components, layout, steps, quorum=plan.locked)
+            if "kube-apiserver" in components and self._settings.restart != "none":
+                await self._uptake.verify(components, layout, steps)
+        except (RestartError, NotServedError, OSError) as error:
+            raise FixError(
+                "RestoreFailed",
+                f"the files of {name} are back, but {error}; what was there before: "
+                f"upkeep-remediator restore {kept}",
+            ) from None
+        return Outcome(
+            phase=Phase.SUCCEEDED,
+            reason="Restored",
+            message=f"the certificates of {name} are back and in use; what was there before is "
+            f"{kept}",
+        )
+
+    async def verify(self, condition: Condition) -> Condition:
+        """Broken while a serial on disk is another than the backup's. CheckError."""
+        layout = await asyncio.to_thread(read_layout, self._root)
+        wanted = condition.detail.backup.index.serials
+        others = sorted(n for n in wanted if layout.serials.get(n) != wanted[n])
+        return Condition(
+            broken=bool(others),
+            reason="NotRestored" if others else "AlreadyThere",
+            message=f"not as in the backup: {', '.join(others)}" if others else "as in the backup",
+        )
+
+    async def resume(self, steps: Steps) -> Outcome:
+        """Finish what a dead owner began to put back; it may be begun from any point. FixError."""
+        data = next(s for s in reversed(steps.earlier) if s.name == PUT_BACK).data
+        try:
+            backup = await asyncio.to_thread(load, Path(data["directory"]))
+            expired = tuple(await asyncio.to_thread(expired_in, backup, self._clock()))
+        except BackupError as error:
+            raise FixError("RestoreFailed", f"{error}; it was interrupted half-way") from None
+        plan = RestorePlan(backup=backup, expired=expired, locked=data["locked"])
+        return await self._releasing(self._use(plan, data["kept"], steps), locked=plan.locked)
+
+
+def _fingerprints(data: bytes) -> set[str]:
+    return {c.fingerprint for c in parse(data).certificates}
+
+
+class Restoring:
+    """One restore as a `remediator.model.Fix`, for the same worker, journal and locks."""
+
+    def __init__(self, restore: Restore, fix: Fix, name: str, *, forced: bool) -> None:
+        """fix: `rotate-certificates`, as which it runs and is resumed."""
+        self.name, self.deadline, self.target_labels = fix.name, fix.deadline, fix.target_labels
+        self.reasons = fix.reasons
+        self.resume = fix.resume
+        self._restore = restore
+        self._backup = name
+        self._forced = forced
+
+    async def check(self, target: Target) -> Condition:
+        """Whether the backup may be put back."""
+        return await self._restore.check(target, self._backup, forced=self._forced)
+
+    async def apply(self, target: Target, condition: Condition, steps: Steps) -> Outcome:
+        """Put it back and in use."""
+        if not isinstance(condition.detail, RestorePlan):
+            raise CheckError(f"the check of {target} gave no plan")
+        return await self._restore.run(condition.detail, steps)
+
+    async def verify(self, target: Target, condition: Condition) -> Condition:
+        """Whether what is on disk is what the backup holds."""
+        return await self._restore.verify(condition)
+
+
+class Listed(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the list of backups."""
+
+    name: str
+    created: datetime | None
+    size: int
+    """Bytes on disk."""
+    node: str
+    holds: str
+    """What is in it, or why it can't be used, in words."""
+
+
+def list_backups(root: Root, directory: str) -> list[Listed]:
+    """What lies in a directory of backups, newest first; half ones too, which say so."""
+    here = Path(root.resolve(directory))
+    if not here.is_dir():
+        return []
+    return [_listed(path) for path in sorted(here.iterdir(), reverse=True) if path.is_dir()]
+
+
+def _listed(path: Path) -> Listed:
+    size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+    try:
+        index = msgspec.json.decode((path / INDEX).read_bytes(), type=Index)
+    except (OSError, msgspec.MsgspecError):
+        why = "not finished: a run that died, or one under way"
+        return Listed(name=path.name, created=None, size=size, node="", holds=why)
+    holds = [f"{len(index.files)} files", f"{len(index.serials)} certificates"]
+    for kind, words in (("snapshot", "etcd snapshot"), ("data", "etcd data")):
+        if kind in index.etcd:
+            holds.append(words)
+    if not index.serials:
+        holds.append("no whole set: to look into only")
+    return Listed(
+        name=path.name, created=index.created, size=size, node=index.node, holds=", ".join(holds)
+    )
