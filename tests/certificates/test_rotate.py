@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from exporter.checks.certificates import Root
 from remediator.fixes.certificates import RotateCertificates, Settings, commands
 from remediator.fixes.certificates.backup import load
 from remediator.fixes.certificates.kubeadm import certificates_directory
@@ -253,7 +252,7 @@ async def test_the_configuration_must_mean_this_pki(make_pki: MakePki) -> None:
     config = pki.directory / "kubeadm.yaml"
     text = config.read_text()
     config.write_text(text.replace("certificatesDir: /etc/kubernetes/pki\n", ""))  # its default
-    assert certificates_directory(Root(pki.rootfs), "/etc/kubernetes/kubeadm.yaml") == ""
+    assert certificates_directory(config.read_text()) == ""
     assert (await rotate(pki).check(NODE)).broken
     config.write_text(text.replace("/etc/kubernetes/pki", "/etc/kubernetes/ssl"))
     condition = await rotate(pki).check(NODE)

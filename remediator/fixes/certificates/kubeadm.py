@@ -5,7 +5,10 @@ takes the defaults, which are wrong on Kubespray. So it is always given one: the
 a copy for the day the API is down.
 """
 
+import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import yaml
 
@@ -13,7 +16,10 @@ from exporter.checks.certificates import Root
 from remediator.fixes.certificates.commands import CommandError, Completed, Run
 
 _DIRECTORIES = ("/usr/bin", "/usr/local/bin", "/opt/bin", "/bin", "/usr/sbin", "/usr/local/sbin")
-_OLDEST = (1, 20)
+_OLDEST = (1, 15)  # the first whose `renew all` renews the kubeconfigs too
+_SINCE_ALPHA = (1, 20)  # the first with `kubeadm certs`; before: `kubeadm alpha certs`
+_GO_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_GO_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ms|us|µs|ns|h|m|s)")
 _USUAL_CONFIGURATIONS = (
     "/etc/kubernetes/kubeadm-config.yaml",  # Kubespray
     "/etc/kubernetes/kubeadm.yaml",
@@ -58,7 +64,7 @@ class Kubeadm:
         except (ValueError, IndexError):
             raise KubeadmError("KubeadmFailed", "kubeadm does not say its version") from None
         if version < _OLDEST:
-            raise KubeadmError("KubeadmTooOld", f"kubeadm {major}.{minor} is older than 1.20")
+            raise KubeadmError("KubeadmTooOld", f"kubeadm {major}.{minor} is older than 1.15")
         return version
 
     async def renew_all(self, config: str) -> str:
@@ -66,7 +72,8 @@ class Kubeadm:
 
         KubeadmError where it failed: some certificates may be renewed by then.
         """
-        arguments = ["certs", "renew", "all"]
+        alpha = [] if await self.version() >= _SINCE_ALPHA else ["alpha"]
+        arguments = [*alpha, "certs", "renew", "all"]
         if config:
             arguments += ["--config", config]
         return (await self._kubeadm(*arguments)).output
@@ -97,14 +104,42 @@ def find_configuration(root: Root, chosen: str, saved: str) -> str:
     return ""
 
 
-def certificates_directory(root: Root, path: str) -> str:
-    """The `certificatesDir` of a kubeadm configuration; empty where it names none."""
+def read_configuration(root: Root, path: str) -> str:
+    """The text of a kubeadm configuration on the host; empty where it can't be read."""
     try:
-        text = Path(root.resolve(path)).read_bytes()
-        for document in yaml.load_all(text, Loader=yaml.BaseLoader):
-            if isinstance(document, dict) and document.get("kind") == "ClusterConfiguration":
-                named = str(document.get("certificatesDir") or "")
-                return str(PurePosixPath(named)) if named else ""
-    except (OSError, yaml.YAMLError, ValueError):
+        return Path(root.resolve(path)).read_text(errors="replace") if path else ""
+    except OSError:
         return ""
-    return ""
+
+
+def certificates_directory(configuration: str) -> str:
+    """The `certificatesDir` that a kubeadm configuration names; empty where it names none."""
+    named = _of_cluster(configuration, "certificatesDir")
+    return str(PurePosixPath(named)) if named else ""
+
+
+def certificate_life(configuration: str) -> float | None:
+    """Seconds that a renewed certificate lives; None where the configuration leaves it to kubeadm.
+
+    `certificateValidityPeriod` is Go's notation of a time, and of kubeadm 1.31 and newer. (Its
+    `caCertificateValidityPeriod` is for new CAs only, which no renewal makes.)
+    """
+    text = _of_cluster(configuration, "certificateValidityPeriod")
+    parts = _GO_PART.findall(text)
+    if not parts or "".join(n + unit for n, unit in parts) != text:
+        return None
+    return sum(float(number) * _GO_UNITS[unit] for number, unit in parts)
+
+
+def _of_cluster(configuration: str, key: str) -> str:
+    """A value of the ClusterConfiguration among the documents; empty where there is none."""
+    return next((str(d[key]) for d in _documents(configuration) if d.get(key)), "")
+
+
+def _documents(configuration: str) -> Iterator[dict[str, Any]]:
+    try:
+        for document in yaml.load_all(configuration, Loader=yaml.BaseLoader):
+            if isinstance(document, dict) and document.get("kind") == "ClusterConfiguration":
+                yield document
+    except yaml.YAMLError:
+        return

@@ -28,8 +28,10 @@ from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access, quo
 from remediator.fixes.certificates.kubeadm import (
     Kubeadm,
     KubeadmError,
+    certificate_life,
     certificates_directory,
     find_configuration,
+    read_configuration,
 )
 from remediator.fixes.certificates.layout import Layout, Pair, PairError, check_pair
 from remediator.fixes.certificates.lease import RotationLease
@@ -42,9 +44,10 @@ from remediator.fixes.certificates.plan import (
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import newest_write
 
-NEW_LIFE_DAYS = 365.0
-"""What kubeadm gives a certificate unless its configuration says otherwise."""
+NEW_LIFE = 365.0 * DAY
+"""Seconds that kubeadm gives a certificate unless its configuration says otherwise."""
 _CLOCK_TOLERANCE = 300.0  # seconds
+_BACKDATED = 300.0  # seconds: so much before now a certificate begins that has a life of its own
 
 
 class Preflight:
@@ -105,6 +108,9 @@ class Preflight:
                 self._refuse_unless_expired(layout, str(error), by_person=by_person)
                 recovery = True
         config = self._configuration(layout, fetched=bool(fetched))
+        text = fetched if config == saved_configuration(self._settings) and fetched else ""
+        life = certificate_life(text or read_configuration(self._root, config))
+        self._refuse_what_would_not_help(layout, life)
         return RotationPlan(
             layout=layout,
             due=tuple(p.name for p in due),
@@ -177,21 +183,43 @@ class Preflight:
             )
         for pair in layout.pairs:
             self._check_pair(pair)
-        if is_due(
-            _renewed(layout.pairs[0], now),
-            now,
-            days=self._settings.act_below_days,
-            fraction=self._settings.act_below_fraction,
-        ):
-            raise RefusedError(
-                "WouldNotHelp",
-                f"a renewed certificate lives {NEW_LIFE_DAYS:.0f} days and would be due at once; "
-                "lower act_below_days",
-            )
         directory = self._settings.backup_directory
         if problem := directory_problem(self._root, directory):
             raise RefusedError("BackupImpossible", problem)
         self._check_space(0)
+
+    def _refuse_what_would_not_help(self, layout: Layout, life: float | None) -> None:
+        """RefusedError where new certificates would be due at once, or end before the old ones,
+        or after their CA. life: as the configuration says it, seconds."""
+        now = self._clock()
+        ends = now + (life or NEW_LIFE)
+        days = (life or NEW_LIFE) / DAY
+        for pair in layout.pairs:
+            # A kubeadm that can be told a life begins it now; older ones begin it with the CA's.
+            begins = pair.certificate.not_before if life is None else now - _BACKDATED
+            new = msgspec.structs.replace(pair.certificate, not_before=begins, not_after=ends)
+            if self._is_due(new, now):
+                raise RefusedError(
+                    "WouldNotHelp",
+                    f"a renewed certificate lives {days:.4g} days and would be due at once; lower "
+                    "act_below_days, or raise kubeadm's certificateValidityPeriod",
+                )
+            if ends <= pair.certificate.not_after:
+                raise RefusedError(
+                    "WouldNotHelp",
+                    f"a renewed certificate lives {days:.4g} days, and {pair.name} ends later than "
+                    "that already: kubeadm renews all at once; renew single ones by hand",
+                )
+        for ca in dict.fromkeys(pair.ca for pair in layout.pairs):
+            self._check_ca_end(ca, self._read_ca(ca), now, ends)
+
+    def _is_due(self, certificate: Certificate, now: float) -> bool:
+        return is_due(
+            certificate,
+            now,
+            days=self._settings.act_below_days,
+            fraction=self._settings.act_below_fraction,
+        )
 
     def _check_pair(self, pair: Pair) -> None:
         try:
@@ -201,24 +229,29 @@ class Preflight:
                 "PairMismatch", f"{error}; look at the last backup before renewing"
             ) from None
 
-    def _check_ca(self, ca: str, now: float) -> None:
+    def _read_ca(self, ca: str) -> x509.Certificate:
         try:
             with warnings.catch_warnings():  # kubeadm's CAs had the serial number 0 for years
                 warnings.simplefilter("ignore", CryptographyDeprecationWarning)
                 data = Path(self._root.resolve(ca + ".crt")).read_bytes()
-                certificate = x509.load_pem_x509_certificate(data)
+                return x509.load_pem_x509_certificate(data)
         except (OSError, ValueError) as error:
             raise RefusedError(
                 "CAMissing", f"{ca}.crt can't be read ({type(error).__name__}); restore it first"
             ) from None
+
+    def _check_ca(self, ca: str, now: float) -> None:
+        certificate = self._read_ca(ca)
         begins = certificate.not_valid_before_utc.timestamp()
         if now + _CLOCK_TOLERANCE < begins:
             raise RefusedError(
                 "ClockWrong", f"the clock is before the beginning of {ca}.crt; set it right first"
             )
         self._check_ca_key(ca, certificate)
+
+    def _check_ca_end(self, ca: str, certificate: x509.Certificate, now: float, new: float) -> None:
         ends = certificate.not_valid_after_utc.timestamp()
-        if ends < now + NEW_LIFE_DAYS * DAY and not self._settings.accept_ca_ending_first:
+        if ends < new and not self._settings.accept_ca_ending_first:
             raise RefusedError(
                 "CAEndsFirst",
                 f"{ca}.crt ends in {(ends - now) / DAY:.0f} days, before a renewed certificate "
@@ -256,7 +289,7 @@ class Preflight:
                 f"certificates are in {layout.pki} and the cluster's kubeadm configuration is not "
                 "known; name it in kubeadm_config",
             )
-        named = certificates_directory(self._root, path)
+        named = certificates_directory(read_configuration(self._root, path))
         if named and self._root.real(named) != self._root.real(layout.pki):
             raise RefusedError(
                 "NoConfiguration",
@@ -264,7 +297,3 @@ class Preflight:
                 "right configuration in kubeadm_config",
             )
         return path
-
-
-def _renewed(pair: Pair, now: float) -> Certificate:
-    return msgspec.structs.replace(pair.certificate, not_after=now + NEW_LIFE_DAYS * DAY)
