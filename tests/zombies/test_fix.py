@@ -2,7 +2,10 @@
 
 import pytest
 
+from remediator.config import ConfigError, parse
+from remediator.fixes import settings_types
 from remediator.model import Phase
+from remediator.yaml_source import Source
 from tests.zombies.conftest import GUIDE, MakeFix, run, target
 from tests.zombies.node import PROCFS, Node
 
@@ -82,3 +85,21 @@ async def test_the_plan_of_a_dry_run_touches_nothing(node: Node, fix: MakeFix) -
     assert condition.plan[0] == "Send SIGCHLD to 6 parents, so that they reap."
     assert condition.plan[1] == "Send SIGTERM, then SIGKILL, to 6 of them, if they don't."
     assert {pid: PROCFS.stat(pid) for pid in container.processes()} == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("pids_left_percent", 400),
+        ("pids_left_percent", -1),
+        ("max_restarts", -1),
+        ("act_at", 0),
+        ("max_stop_grace", -1),
+        ("min_age", 121),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(option: str, value: int) -> None:
+    """A `min_age` longer than a check may take would make every check fail."""
+    text = f"fixes:\n  reap-zombies:\n    settings:\n      {option}: {value}\n"
+    with pytest.raises(ConfigError, match=r"r\.yml:"):
+        parse(Source(text, "r.yml"), settings_types())

@@ -5,6 +5,7 @@ in test_cluster.py.
 """
 
 import json
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from remediator.fixes.zombies.facts import PodFacts, RestartHistory
 from remediator.model import Phase, Step, Steps
 from tests.zombies.conftest import Log, MakeFix, run, target
 from tests.zombies.node import Container, Node, until
-from tests.zombies.test_hazards import Knows
+from tests.zombies.test_hazards import Knows, Recorder
 
 pytestmark = pytest.mark.root
 
@@ -92,6 +93,21 @@ async def test_a_container_that_is_not_started_again_is_a_failure(node: Node, fi
     container = node.container(*FLOOD)
     _, outcome, _ = await run(fix(facts=ALWAYS, wait_restart=1.0), container)
     assert (outcome.phase, outcome.reason) == (Phase.FAILED, "NotRestarted")
+
+
+async def test_z22_a_pod_that_asks_for_an_hour_to_stop_is_not_stopped_half_way(
+    node: Node, fix: MakeFix
+) -> None:
+    patient = Knows(PodFacts(restart_policy="Always", grace=3600.0))
+    container = node.container(*FLOOD)
+    recorder = Recorder()
+    reaper = fix(facts=patient, pidfds=recorder)
+    condition, outcome, _ = await run(reaper, container)
+    assert "3600 s to stop" in condition.plan[-1]
+    assert (outcome.phase, outcome.reason) == (Phase.SKIPPED, "RestartNotAllowed")
+    assert "more than max_stop_grace (300 s)" in outcome.message
+    assert set(recorder.sent) == {signal.SIGCHLD}
+    assert reaper.deadline > reaper.settings.max_stop_grace
 
 
 async def test_z11_the_same_workload_floods_again_and_people_are_called(

@@ -68,7 +68,7 @@ class ReapZombies:
         self.deadline = (
             s.wait_sigchld
             + 4 * (s.wait_sigterm + s.wait_sigkill)
-            + s.stop_grace
+            + max(s.stop_grace, s.max_stop_grace)
             + s.wait_restart
             + 120
         )
@@ -263,7 +263,7 @@ class ReapZombies:
             message=f"{have} under {len(finding.groups)} parents, the oldest seen for "
             f"{oldest:.0f} s; {finding.pids_left:.0f} % of process slots are left.",
             identities=identities,
-            plan=plan(finding),
+            plan=plan(finding, self.settings.max_stop_grace),
             opted_out=finding.opted_out,
             workload=finding.facts.workload,
             detail=finding,

@@ -5,7 +5,7 @@ No label and no name has a say here. The settings stand here too, since they are
 
 from collections import Counter
 from enum import Enum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -20,6 +20,9 @@ ADVICE = (
     "To avoid this, run an init such as tini as the container's first process "
     "(or shareProcessNamespace), and bound the pod's processes with podPidsLimit."
 )
+
+
+MAX_MIN_AGE = 120.0  # seconds
 
 
 class Level(Enum):
@@ -44,7 +47,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Stuck zombies in one container from which on anything is done."""
     flood_at: int = 50
     """Stuck zombies in one container that make a flood."""
-    pids_left_percent: float = 20.0
+    pids_left_percent: Annotated[float, msgspec.Meta(ge=0, le=100)] = 20.0
     """Below this share of process slots left, of the pod or of the node, `act_at` is a flood."""
     below_flood: Level = Level.SIGCHLD
     """How far to go below a flood: none, sigchld, kill-parents or restart-container.
@@ -59,11 +62,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Seconds for what is left after SIGKILL."""
     stop_grace: Seconds = Seconds(30.0)
     """Seconds for a container to stop after SIGTERM, unless its pod says another time."""
+    max_stop_grace: Seconds = Seconds(300.0)
+    """A container whose pod asks for more seconds than this is not restarted."""
     wait_restart: Seconds = Seconds(180.0)
     """Seconds for the kubelet to start the container again."""
     restart_cooldown: Seconds = Seconds(6 * 3600.0)
     """Seconds before a container of the same workload may be restarted again."""
-    max_restarts: int = 3
+    max_restarts: Annotated[int, msgspec.Meta(ge=0)] = 3
     """Restarts of one workload within `restarts_window`; after that people are called."""
     restarts_window: Seconds = Seconds(7 * 86400.0)
     """Seconds for which a restart is remembered."""
@@ -76,9 +81,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if not 1 <= self.act_at <= self.flood_at:
             raise ValueError("act_at must be at least 1 and no more than flood_at")
         times = (self.min_age, self.wait_sigchld, self.wait_sigterm, self.wait_sigkill)
-        more = (self.stop_grace, self.wait_restart, self.restart_cooldown, self.restarts_window)
-        if min(times + more) < 0:
+        more = (self.stop_grace, self.max_stop_grace, self.wait_restart)
+        spans = (self.restart_cooldown, self.restarts_window)
+        if min(times + more + spans) < 0:
             raise ValueError("a time can't be negative")
+        if self.min_age > MAX_MIN_AGE:
+            raise ValueError(f"min_age can't be above {MAX_MIN_AGE:g} s: a check waits that long")
 
 
 class Finding(NamedTuple):
@@ -116,8 +124,8 @@ def level_for(settings: Settings, count: int, pids_left: float) -> Level:
     return settings.at_flood if flood else settings.below_flood
 
 
-def plan(finding: Finding) -> tuple[str, ...]:
-    """What would be done, a sentence each."""
+def plan(finding: Finding, max_grace: float) -> tuple[str, ...]:
+    """What would be done, a sentence each. max_grace: see `why_no_restart`."""
     if finding.level is Level.NONE:
         return ()
     parents = len(finding.groups)
@@ -128,7 +136,7 @@ def plan(finding: Finding) -> tuple[str, ...]:
             sentences.append(f"Send SIGTERM, then SIGKILL, to {killable} of them, if they don't.")
         sentences += why_not_killed(finding.groups)
     if finding.level.reaches(Level.RESTART_CONTAINER):
-        no = why_no_restart(finding.facts)
+        no = why_no_restart(finding.facts, max_grace)
         sentences.append(
             f"The container is not restarted: {no}."
             if no
@@ -148,9 +156,17 @@ def why_not_killed(groups: tuple[Group, ...]) -> list[str]:
     return [f"Leave {count} parents alone: {reason}." for reason, count in reasons.items()]
 
 
-def why_no_restart(facts: PodFacts) -> str:
-    """Why a container may not be restarted; empty where it may."""
+def why_no_restart(facts: PodFacts, max_grace: float) -> str:
+    """Why a container may not be restarted; empty where it may.
+
+    max_grace: seconds; a tenant may ask for any time to stop, and half a stop is worse than none.
+    """
     if facts.restart_policy == "Always":
+        if facts.grace is not None and facts.grace > max_grace:
+            return (
+                f"its pod asks for {facts.grace:g} s to stop "
+                f"(terminationGracePeriodSeconds), more than max_stop_grace ({max_grace:g} s)"
+            )
         return ""
     if facts.restart_policy:
         return f"its pod's restartPolicy is {facts.restart_policy}, so it would not come back"

@@ -62,7 +62,7 @@ class Restart:
         )
         if first is None:
             return self._not_allowed("it has no first process that could be stopped", stay, ended)
-        if no := why_no_restart(self._finding.facts):
+        if no := why_no_restart(self._finding.facts, self._settings.max_stop_grace):
             return self._not_allowed(no, stay, ended)
         if no := self._worn_out() or self._not_recorded():
             return _failed("NeedsPeople", f"{stay}; the container is not restarted: {no}. {ADVICE}")
