@@ -24,7 +24,8 @@ from exporter.checks.certificates.layouts import KUBERNETES_DIRECTORY
 
 ARCHIVE = "files.tar.gz"
 INDEX = "index.json"
-SOURCES = (KUBERNETES_DIRECTORY, "/etc/ssl/etcd", "/etc/etcd.env", "/var/lib/kubelet/config.yaml")
+ETCD_DIRECTORY = "/etc/ssl/etcd"
+SOURCES = (KUBERNETES_DIRECTORY, ETCD_DIRECTORY, "/etc/etcd.env", "/var/lib/kubelet/config.yaml")
 _PARTIAL = ".partial-"
 _RESERVE = 64 * 1024 * 1024  # bytes to leave free beyond what the backup takes
 

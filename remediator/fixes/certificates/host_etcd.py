@@ -9,7 +9,10 @@ from pathlib import Path
 
 from exporter.checks.certificates import Root
 from exporter.checks.certificates.components import Process, etcd_environment, read_process
+from exporter.checks.certificates.layouts import is_key_file
+from exporter.checks.certificates.parsing import parse
 from remediator.fixes.certificates import commands
+from remediator.fixes.certificates.backup import ETCD_DIRECTORY, Backup, read_files
 from remediator.fixes.certificates.commands import CommandError, Completed
 from remediator.fixes.certificates.restart import RestartError
 
@@ -25,6 +28,22 @@ _FILES = (
 _ANSWER = 20.0  # seconds for systemd to say what it knows
 _RESTART = 240.0  # seconds: an etcd of many gigabytes is slow to open its database
 _TOLERANCE = 1.0  # seconds: start times are right to about that
+
+
+def restorable_files(root: Root, backup: Backup, now: float) -> list[str]:
+    """The paths of a backup that may be put back for this host's etcd. BackupError.
+
+    All of its certificates and keys or none: none where its CA is another one by now, since the
+    other members would not know it any more, or where one of them has expired.
+    """
+    kept = read_files(backup, lambda path: path.startswith(f"{ETCD_DIRECTORY}/"))
+    authority = etcd_environment(root).get("trusted-ca-file", "")
+    here = Path(root.resolve(authority)) if authority else None
+    if here is None or (here.exists() and kept.get(authority) != here.read_bytes()):
+        return []
+    leafs = [parse(data) for path, data in kept.items() if not is_key_file(path)]
+    ends = [certificate.not_after for leaf in leafs for certificate in leaf.certificates]
+    return [] if min(ends, default=0.0) <= now else sorted(kept)
 
 
 class HostEtcd:
