@@ -156,11 +156,6 @@ def parse(
         path: Path = getattr(given, f"path_{name}")
         if name != "cgroupfs" and not path.is_dir():
             flags.error(f"--path.{name}={path} is not a directory; name the host's {name}")
-    known = frozenset(
-        environment_name(action.option_strings[0].removeprefix("--"))
-        for action in flags._actions  # noqa: SLF001 - argparse has no public list of its flags
-        if action.option_strings
-    )
     config = Config(
         listen=given.web_listen_address,
         web_config_file=given.web_config_file,
@@ -179,7 +174,7 @@ def parse(
         check=given.check or "",
         output=given.output,
     )
-    return config, flags.misspelt_environment(known)
+    return config, flags.misspelt_environment(flags.variables)
 
 
 def _endpoint(text: str) -> str:

@@ -7,12 +7,18 @@ that can be turned off, and errors of one sentence that name the flag or variabl
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
+
+# Kubernetes puts these into every pod beside a Service whose name begins with `upkeep`.
+_OF_A_SERVICE = re.compile(
+    r"UPKEEP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
+)
 
 
 def environment_name(flag: str) -> str:
@@ -27,11 +33,26 @@ class FlagParser(argparse.ArgumentParser):
     line or from the environment.
     """
 
-    def __init__(self, *args: Any, environ: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        environ: Mapping[str, str] | None = None,
+        root: "FlagParser | None" = None,
+        **kwargs: Any,
+    ) -> None:
+        """root: the parser whose subcommand this one is; they share the environment."""
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
         self._environ = os.environ if environ is None else environ
+        self._variables: set[str] = set()
+        if root is not None:
+            self._environ, self._variables = root._environ, root._variables  # noqa: SLF001
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The environment twins of all flags so far, those of subcommands too."""
+        return frozenset(self._variables)
 
     def flag(
         self,
@@ -46,6 +67,7 @@ class FlagParser(argparse.ArgumentParser):
     ) -> None:
         """Add `--name VALUE`. With `repeat` the value is a tuple (environment: comma-separated)."""
         variable = environment_name(name)
+        self._variables.add(variable)
         text = self._environ.get(variable)
         if text:  # an empty variable is an unset one: manifests often carry `VALUE=`
             default = self._from_environment(variable, text, parse, choices, repeat=repeat)
@@ -63,6 +85,7 @@ class FlagParser(argparse.ArgumentParser):
     def switch(self, name: str, *, help: str, default: bool) -> None:  # noqa: A002
         """Add `--name` and `--no-name` (environment: true or false)."""
         variable = environment_name(name)
+        self._variables.add(variable)
         text = self._environ.get(variable)
         if text:
             if text.lower() not in _TRUE | _FALSE:
@@ -97,17 +120,16 @@ class FlagParser(argparse.ArgumentParser):
             values.append(value)
         return tuple(values) if repeat else values[0]
 
-    def misspelt_environment(self, known: frozenset[str]) -> list[str]:
+    def misspelt_environment(self, known: frozenset[str], *, alike: float = 0.93) -> list[str]:
         """A sentence for each `UPKEEP_…` variable that looks like a misspelt one of `known`.
 
-        Unknown ones as such are no error: Kubernetes itself puts `UPKEEP_…_SERVICE_HOST` and the
-        like into every pod beside a Service of that name.
+        alike: 0 to 1, how much it must look like one; 0 takes every unknown one for misspelt.
         """
         sentences = []
         for name in sorted(self._environ):
-            if not name.startswith("UPKEEP_") or name in known:
+            if not name.startswith("UPKEEP_") or name in known or _OF_A_SERVICE.fullmatch(name):
                 continue
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.93)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=alike)
             if near:
                 sentences.append(f"the variable {name} is not known; did you mean {near[0]}?")
         return sentences

@@ -1,19 +1,20 @@
 """The remediator's command line: flags, subcommands, and what they mean as one value."""
 
 import argparse
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from exporter import logs
+from exporter import config, logs
 from exporter.flags import FlagParser, listen_address
 from remediator.model import Phase
 
 DEFAULT_JOURNAL = Path("/var/lib/upkeep/remediator.db")
 DEFAULT_LOCKS = Path("/run/upkeep")
+
+_OF_THE_CHECKOUT = frozenset({"UPKEEP_CACHE", "UPKEEP_SEED", "UPKEEP_SOAK"})
 
 
 class Flags(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +38,6 @@ class Flags(msgspec.Struct, frozen=True, kw_only=True):
 
 def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
     """Every subcommand with its flags; each flag has an environment twin."""
-    environ = os.environ if environ is None else environ
     root = FlagParser(
         prog="upkeep-remediator",
         environ=environ,
@@ -48,7 +48,7 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
 
     def command(name: str, text: str) -> FlagParser:
         added: FlagParser = commands.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", environ=environ
+            name, help=text, description=text[0].upper() + text[1:] + ".", root=root
         )
         # By hand, the steps are shown as they go: of the log only what went wrong is of interest.
         _common(added, log_level="warning" if name in ("run", "restore") else "info")
@@ -115,7 +115,7 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
 def _common(parser: FlagParser, log_level: str) -> None:
     parser.flag("config.file", parse=Path, metavar="FILE", help="guardrails: docs/remediator.md")
     parser.flag(
-        "journal", default=DEFAULT_JOURNAL, parse=Path, metavar="FILE", help="the journal's file"
+        "journal", default=DEFAULT_JOURNAL, parse=_file, metavar="FILE", help="the journal's file"
     )
     parser.flag(
         "log.level", default=log_level, choices=logs.LEVELS, help="least level that is logged"
@@ -148,6 +148,15 @@ def _output(parser: FlagParser) -> None:
     )
 
 
+def _file(text: str) -> Path:
+    if text == "kubernetes":
+        raise argparse.ArgumentTypeError(
+            "cluster mode is not built yet, so the journal is a file: name one, by default "
+            f"{DEFAULT_JOURNAL}"
+        )
+    return Path(text)
+
+
 def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
@@ -160,6 +169,7 @@ def read(
     """Parse; ends the process with status 2 and a sentence where that can't be done."""
     root = parser(environ)
     given = root.parse_args(arguments)
+    _refuse_unknown_variables(root)
     if not (name := getattr(given, "node_name", "node")) or name != name.lower():
         root.error(f"--node-name {name!r} is no node's name: they are lower case")
     return given, Flags(
@@ -178,3 +188,10 @@ def read(
         log_level=given.log_level,
         log_format=given.log_format,
     )
+
+
+def _refuse_unknown_variables(root: FlagParser) -> None:
+    """A misspelt UPKEEP_DRY_RUN would act. The exporter's twins may stand in the same file."""
+    known = root.variables | _OF_THE_CHECKOUT
+    for sentence in root.misspelt_environment(known | config.parser({}).variables, alike=0):
+        root.error(f"{sentence} Mend or unset it")
