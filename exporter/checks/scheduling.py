@@ -40,6 +40,24 @@ def _unjudgeable_term(term: PodTerm) -> str:
     return ""
 
 
+def has_room(view: ClusterView, pod: Pod) -> Node | None:
+    """A node where `pod` fits as things are, or None.
+
+    On a full cluster nearly every node lacks the same resource, which is asked first: this runs
+    over every node for every stuck Deployment at each scrape.
+    """
+    wanted = [(resource, units) for resource, units in pod.shape.requests.items() if units > 0]
+    for node in view.nodes.values():
+        free = view.room(node).free
+        for resource, units in wanted:
+            if free.get(resource, 0) < units and pod.nominated != node.name:
+                break
+        else:
+            if why_not(view, pod, node) is None:
+                return node
+    return None
+
+
 def why_not(
     view: ClusterView,
     pod: Pod,
