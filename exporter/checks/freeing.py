@@ -3,6 +3,9 @@
 One plan serves the metric (is there one?) and the fix (do this). It frees the least: first what
 serves nobody anyway, then as few pods as it can, never below what the limits allow. The
 ReplicaSet controller, not Upkeep, picks the pods that go; a plan holds for every pick it may make.
+
+Pods that found no place are no outage: a Deployment scaled beyond its room is judged by the pods
+that have a node. Those that broke down on their node are one, and count against the limits.
 """
 
 from collections.abc import Iterator
@@ -10,12 +13,12 @@ from itertools import combinations, islice, product
 
 import msgspec
 
-from exporter.checks.objects import Node, Pod, ReplicaSet
+from exporter.checks.objects import OPT_OUT, Node, Pod, ReplicaSet
 from exporter.checks.rollouts import Cause, Stuck
-from exporter.checks.scheduling import over_quota, unjudgeable, why_not
+from exporter.checks.scheduling import has_room, over_quota, unjudgeable, why_not
 from exporter.checks.view import ClusterView
 
-_MOST_AT_ONCE = 8  # more old pods than this for one new one are looked at only all together
+_MOST_AT_ONCE = 8  # more placed pods than this for one new one are looked at only all together
 _MOST_PICKS = 500  # picks of the ReplicaSet controller looked at for one plan
 
 
@@ -23,7 +26,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """How far availability may fall for the time of one step."""
 
     extra_unavailable: int = 1
-    """Pods fewer than the Deployment's own maxUnavailable leaves."""
+    """Pods fewer than the Deployment's own maxUnavailable leaves of those that have a node."""
     allow_none_available: bool = True
     """Whether the last available pod may go (a service of one replica)."""
     respect_budgets: bool = True
@@ -73,14 +76,14 @@ def plan_freeing(view: ClusterView, stuck: Stuck, limits: Limits, now: float) ->
     if reason := _unjudgeable(view, stuck, pod):
         return Refusal("CannotBeKnown", f"pod {pod.name}: {reason}", known=False)
     if stuck.waiting or over_quota(view, pod) is None:
-        for node in view.nodes.values():
-            if why_not(view, pod, node) is None:
-                return Refusal(
-                    "FitsNow",
-                    f"pod {pod.name} would fit on {node.name} as it is: "
-                    "either it is about to be placed or something else keeps it off",
-                    known=False,
-                )
+        node = has_room(view, pod)
+        if node is not None:
+            return Refusal(
+                "FitsNow",
+                f"pod {pod.name} would fit on {node.name} as it is: "
+                "either it is about to be placed or something else keeps it off",
+                known=False,
+            )
     return _Search(view, stuck, pod, limits, now).run()
 
 
@@ -121,8 +124,9 @@ class _Search:
             one.uid: [p for p in view.pods_of(one) if p.deletion is None] for one in stuck.old
         }
         self.sets = [one for one in stuck.old if self.old[one.uid]]
-        everyone = (p for one in (*stuck.old, stuck.newest) for p in view.pods_of(one))
+        everyone = [p for one in (*stuck.old, stuck.newest) for p in view.pods_of(one)]
         self.available = sum(self._available(p) for p in everyone)
+        self.placed = sum(bool(p.node) and p.deletion is None for p in everyone)
         self.refusal: Refusal | None = None
         self._fits: dict[frozenset[str], str | None] = {}
 
@@ -135,11 +139,14 @@ class _Search:
             return Refusal("NothingToFree", "it has no old pods that could make room")
         if self._place(everything) is None:
             return Refusal("DoesNotFit", self._nowhere(everything))
-        total = len(everything)
+        first = [self._go_first(one) for one in self.sets]
+        most = [len(self.old[one.uid]) - n for one, n in zip(self.sets, first, strict=True)]
+        total = sum(most)
         for harmless in (True, False):
-            for count in sorted({*range(1, min(total, _MOST_AT_ONCE) + 1), total}):
-                for split in _splits(count, [len(self.old[one.uid]) for one in self.sets]):
-                    plan = self._try(split, harmless=harmless)
+            for count in sorted({*range(1, min(total, _MOST_AT_ONCE) + 1), total} - {0}):
+                for split in _splits(count, most):
+                    sizes = [n and n + before for n, before in zip(split, first, strict=True)]
+                    plan = self._try(sizes, harmless=harmless)
                     if plan is not None:
                         return plan
         return self.refusal or Refusal(
@@ -148,9 +155,18 @@ class _Search:
             "on this version of Kubernetes",
         )
 
-    def _try(self, split: tuple[int, ...], *, harmless: bool) -> Freeing | None:
-        """A plan that takes `split[i]` pods of the i-th old ReplicaSet, if it holds."""
-        wanted = [(one, count) for one, count in zip(self.sets, split, strict=True) if count]
+    def _go_first(self, one: ReplicaSet) -> int:
+        """How many pods go before any whose room is of use: those without a node hold none.
+
+        What a quota counts they do hold.
+        """
+        if not self.stuck.waiting:
+            return 0
+        return sum(not p.node for p in self.old[one.uid])
+
+    def _try(self, sizes: list[int], *, harmless: bool) -> Freeing | None:
+        """A plan that takes `sizes[i]` pods of the i-th old ReplicaSet, if it holds."""
+        wanted = [(one, count) for one, count in zip(self.sets, sizes, strict=True) if count]
         places = (
             sorted({p.node for one, _ in wanted for p in self.old[one.uid] if p.node})
             if self.view.honours_deletion_cost
@@ -238,10 +254,14 @@ class _Search:
 
     def _allowed(self, outcomes: list[tuple[tuple[Pod, ...], ...]], lost: int) -> bool:
         """Whether the limits permit it; the first refusal is kept for the explanation."""
+        if node := self._opted_out(outcomes):
+            self._refuse("NodeOptedOut", f"the node {node} is annotated {OPT_OUT}=disabled")
+            return False
         if not lost:
             return True
         deployment, after = self.stuck.deployment, self.available - lost
-        floor = deployment.replicas - deployment.unavailable_allowed - self.limits.extra_unavailable
+        wanted = min(deployment.replicas, self.placed)
+        floor = wanted - deployment.unavailable_allowed(wanted) - self.limits.extra_unavailable
         if after <= 0 and not self.limits.allow_none_available:
             self._refuse(
                 "WouldStopService",
@@ -251,8 +271,8 @@ class _Search:
         elif after < floor:
             self._refuse(
                 "TooFewAvailable",
-                f"freeing room would leave {after} of {deployment.replicas} pods available, "
-                f"and fewer than {floor} is not allowed",
+                f"freeing room would leave {after} available of the {wanted} pods that have a "
+                f"node, and fewer than {floor} is not allowed",
             )
         elif self.limits.respect_budgets and (name := self._over_budget(outcomes)):
             self._refuse(
@@ -261,6 +281,12 @@ class _Search:
         else:
             return True
         return False
+
+    def _opted_out(self, outcomes: list[tuple[tuple[Pod, ...], ...]]) -> str:
+        """A node that its owner keeps Upkeep's hands off, and that a pod would go from."""
+        names = {p.node for outcome in outcomes for pick in outcome for p in pick if p.node}
+        nodes = (self.view.nodes.get(name) for name in sorted(names))
+        return next((node.name for node in nodes if node and node.opted_out), "")
 
     def _over_budget(self, outcomes: list[tuple[tuple[Pod, ...], ...]]) -> str:
         for outcome in outcomes:

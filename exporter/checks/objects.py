@@ -124,6 +124,7 @@ class Node(msgspec.Struct, frozen=True):
     allocatable: dict[str, int]
     taints: tuple[Taint, ...] = ()
     unschedulable: bool = False
+    opted_out: bool = False
 
     @property
     def key(self) -> str:
@@ -166,11 +167,10 @@ class Deployment(msgspec.Struct, frozen=True):
     def key(self) -> str:
         return f"{self.namespace}/{self.name}"
 
-    @property
-    def unavailable_allowed(self) -> int:
-        """maxUnavailable in pods, as the Deployment controller resolves it."""
-        allowed = _scaled(self.max_unavailable, self.replicas, up=False)
-        if allowed == 0 and _scaled(self.max_surge, self.replicas, up=True) == 0:
+    def unavailable_allowed(self, of: int) -> int:
+        """maxUnavailable in pods, as the Deployment controller resolves it for `of` replicas."""
+        allowed = _scaled(self.max_unavailable, of, up=False)
+        if allowed == 0 and _scaled(self.max_surge, of, up=True) == 0:
             return 1
         return allowed
 

@@ -130,6 +130,10 @@ class ClusterView:
     def drop_quota(self, key: str) -> None:
         self.quotas.pop(key, None)
 
+    def note_scale_up(self, pod_uid: str, at: float) -> None:
+        """Keep the freshest: events come in no order."""
+        self.scale_ups[pod_uid] = max(at, self.scale_ups.get(pod_uid, 0.0))
+
     # Reading.
 
     def suspects(self) -> list[Deployment]:
@@ -190,25 +194,37 @@ class ClusterView:
         """What is free on the node now; kept until a pod there, or the node, changes."""
         known = self._rooms.get(node.name)
         if known is None:
-            known = self._rooms[node.name] = self.room_without(node, frozenset())
+            known = self._rooms[node.name] = _left(node, list(self.pods_on(node.name)))
         return known
 
     def room_without(self, node: Node, gone: frozenset[str]) -> Room:
         """What would be free if the pods with the uids `gone` weren't there."""
-        free = dict(node.allocatable)
-        free.setdefault("pods", 0)
-        ports: list[tuple[str, str, int]] = []
-        repelling: list[Pod] = []
-        for pod in self._pods_on.get(node.name, {}).values():
-            if pod.uid in gone:
-                continue
-            for resource, units in pod.shape.requests.items():
-                free[resource] = free.get(resource, 0) - units
-            free["pods"] -= 1
-            ports.extend(pod.shape.host_ports)
-            if pod.shape.repels:
-                repelling.append(pod)
-        return Room(free, tuple(ports), tuple(repelling))
+        leaving = [pod for pod in self.pods_on(node.name) if pod.uid in gone]
+        room = self.room(node)
+        if any(pod.shape.host_ports or pod.shape.repels for pod in leaving):
+            return _left(node, [pod for pod in self.pods_on(node.name) if pod.uid not in gone])
+        free = dict(room.free)
+        for pod in leaving:
+            _count(free, pod, 1)
+        return Room(free, room.ports, room.repelling)
+
+
+def _left(node: Node, pods: list[Pod]) -> Room:
+    """What `pods` leave of a node."""
+    free = {"pods": 0, **node.allocatable}
+    for pod in pods:
+        _count(free, pod, -1)
+    return Room(
+        free,
+        tuple(port for pod in pods for port in pod.shape.host_ports),
+        tuple(pod for pod in pods if pod.shape.repels),
+    )
+
+
+def _count(free: dict[str, int], pod: Pod, sign: int) -> None:
+    for resource, units in pod.shape.requests.items():
+        free[resource] = free.get(resource, 0) + sign * units
+    free["pods"] += sign
 
 
 def _forget(index: defaultdict[str, dict[str, V]], bucket: str, key: str) -> None:

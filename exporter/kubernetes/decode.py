@@ -502,6 +502,7 @@ def _node(wire: _Node) -> objects.Node:
         allocatable=_units(wire.status.allocatable),
         taints=wire.spec.taints or (),
         unschedulable=wire.spec.unschedulable,
+        opted_out=wire.metadata.annotation(objects.OPT_OUT) == "disabled",
     )
 
 

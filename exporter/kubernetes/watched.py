@@ -18,11 +18,14 @@ def watched(view: ClusterView, selector: str) -> list[Resource[Any]]:
 
     def put_scale_up(event: ScaleUp) -> None:
         scale_ups[event.key] = event
-        view.scale_ups[event.pod_uid] = event.at
+        view.note_scale_up(event.pod_uid, event.at)
 
     def drop_scale_up(key: str) -> None:
         if (event := scale_ups.pop(key, None)) is not None:
             view.scale_ups.pop(event.pod_uid, None)
+            for other in scale_ups.values():  # few: one for a pod that waits, for an hour
+                if other.pod_uid == event.pod_uid:
+                    view.note_scale_up(other.pod_uid, other.at)
 
     return [
         Resource(decode.NODES, view.put_node, view.drop_node, keys=lambda: set(view.nodes)),

@@ -21,7 +21,7 @@ from tests.cluster.hollow import BEHAVIOUR, TERMINATION, HollowNodes
 
 T = TypeVar("T")
 
-PATIENCE = 60.0  # seconds; the machine may be busy
+PATIENCE = 120.0  # seconds; the machine may be busy
 SERVICE = "akash.network/manifest-service"
 MERGE = "application/merge-patch+json"
 _numbers = itertools.count(1)
@@ -231,6 +231,14 @@ class Scene:
 
         return wait_for(f"{name} stuck", probe)
 
+    def slow_to_end(self, name: str, seconds: str) -> None:
+        """How long its pods of now take to end once they are deleted."""
+        change = {"metadata": {"annotations": {TERMINATION: seconds}}}
+        for pod in self.pods(name):
+            if "deletionTimestamp" not in pod["metadata"]:
+                path = f"{self.space()}/pods/{pod['metadata']['name']}"
+                self.api.request("PATCH", path, change, content_type=MERGE)
+
     # The fix
 
     def target(self, name: str) -> Target:
@@ -244,8 +252,8 @@ class Scene:
         quick: dict[str, Any] = {
             "min_stuck": 0.0,
             "settle": 1.0,
-            "come_up_timeout": 30.0,
-            "undo_timeout": 60.0,
+            "come_up_timeout": 90.0,
+            "undo_timeout": 120.0,
             "poll": 0.2,
         }
         return UnstickRollout(Settings(**{**quick, **settings}), connect or self.connect)

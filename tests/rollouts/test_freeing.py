@@ -21,6 +21,8 @@ from exporter.checks.objects import (
 from exporter.checks.rollouts import Stuck, examine
 from exporter.checks.scheduling import why_not
 from exporter.checks.view import ClusterView
+from exporter.kubernetes.decode import SCALE_UPS, ScaleUp
+from exporter.kubernetes.watched import watched
 
 NOW = 1_000_000.0
 
@@ -121,6 +123,70 @@ def test_the_last_pod_goes_only_where_that_is_allowed() -> None:
     refused = plan_freeing(view, stuck, Limits(allow_none_available=False), NOW)
     assert isinstance(refused, Refusal)
     assert refused.code == "WouldStopService"
+
+
+def scaled_beyond(room: int, replicas: int) -> tuple[ClusterView, Stuck]:
+    """Nodes with room for `room` old pods; the others of `replicas` wait as the new one does."""
+    nodes = [node(f"node-{n}", 1000) for n in range(room)]
+    old = [pod(f"p{n:02}", "old", 1000, f"node-{n}" if n < room else "") for n in range(replicas)]
+    return cluster(nodes, old, pod("new-0", "new", 1000))
+
+
+def test_pods_that_found_no_place_are_no_outage() -> None:
+    view, stuck = scaled_beyond(3, 20)
+    plan = plan_freeing(view, stuck, Limits(), NOW)
+    assert isinstance(plan, Freeing)
+    # Scaled down, a ReplicaSet loses those that wait before any that makes room.
+    assert (plan.takes[0].before, plan.takes[0].after) == (20, 2)
+    assert (plan.available_before, plan.available_after) == (3, 2)
+    refused = plan_freeing(view, stuck, Limits(extra_unavailable=0), NOW)
+    assert isinstance(refused, Refusal)
+    assert refused.code == "TooFewAvailable"
+
+
+def test_the_last_of_a_deployment_scaled_beyond_its_room_goes_only_where_that_is_allowed() -> None:
+    view, stuck = scaled_beyond(1, 5)
+    assert isinstance(plan_freeing(view, stuck, Limits(), NOW), Freeing)
+    refused = plan_freeing(view, stuck, Limits(allow_none_available=False), NOW)
+    assert isinstance(refused, Refusal)
+    assert refused.code == "WouldStopService"
+
+
+def test_pods_that_broke_down_on_their_node_are_an_outage() -> None:
+    """Their room is of no use to the new pod, so two that serve would be left with one."""
+    nodes = [node("one", 2500), node("two", 1200)]
+    old = [pod(f"live-{n}", "old", 1000, "one") for n in range(2)]
+    old += [pod(f"dead-{n}", "old", 500, "two", ready=False) for n in range(2)]
+    view, stuck = cluster(nodes, old, pod("new-0", "new", 1400), honours_cost=True)
+    refused = plan_freeing(view, stuck, Limits(), NOW)
+    assert isinstance(refused, Refusal)
+    assert refused.code == "TooFewAvailable"
+    assert isinstance(plan_freeing(view, stuck, Limits(extra_unavailable=3), NOW), Freeing)
+
+
+def test_no_pod_goes_from_a_node_that_is_opted_out() -> None:
+    off = msgspec.structs.replace(node("a-off", 1500), opted_out=True)
+    old = [pod("p1", "old", 1000, "a-off"), pod("p2", "old", 1000, "on")]
+    view, stuck = cluster([off, node("on", 1500)], old, pod("n", "new", 1000), honours_cost=True)
+    plan = plan_freeing(view, stuck, Limits(), NOW)
+    assert isinstance(plan, Freeing)
+    assert [p.name for p in plan.takes[0].pods] == ["p2"]
+    view.honours_deletion_cost = False  # the controller might pick the other one
+    refused = plan_freeing(view, stuck, Limits(), NOW)
+    assert isinstance(refused, Refusal)
+    assert refused.code == "NodeOptedOut"
+
+
+def test_the_freshest_word_of_the_autoscaler_counts_in_whatever_order_it_comes() -> None:
+    view = ClusterView()
+    (scale_ups,) = (one for one in watched(view, "") if one.kind is SCALE_UPS)
+    for key, at in (("a/fresh", 200.0), ("a/old", 100.0)):
+        scale_ups.put(ScaleUp(key, "pod", at))
+    assert view.scale_ups == {"pod": 200.0}
+    scale_ups.drop("a/fresh")
+    assert view.scale_ups == {"pod": 100.0}
+    scale_ups.drop("a/old")
+    assert view.scale_ups == {}
 
 
 def test_a_budget_with_an_outdated_status_allows_nothing() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from exporter.checks.objects import UNSTICK
+from exporter.kubernetes import client
 from remediator.model import Phase
 from tests.rollouts.faults import FaultyApi
 from tests.rollouts.scene import MERGE, Scene, uids, wait_for
@@ -52,7 +54,7 @@ async def test_opted_out_nothing_at_all_is_written(
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        said, _ = await asyncio.wait_for(process.communicate(), 60)
+        said, _ = await asyncio.wait_for(process.communicate(), 120)
 
     text = said.decode()
     assert "OptedOut" in text, text
@@ -75,7 +77,11 @@ async def test_the_autoscalers_fresh_word_is_waited_for(scene: Scene) -> None:
         "source": {"component": "cluster-autoscaler"},
         "lastTimestamp": _time(0),
     }
-    scene.api.request("POST", f"{scene.space()}/events", event)
+    # A first one, for a group that could not grow, is listed after it.
+    earlier = {"name": "then", "namespace": scene.namespace}
+    first = {**event, "metadata": earlier, "lastTimestamp": _time(-900)}
+    for one in (event, first):
+        scene.api.request("POST", f"{scene.space()}/events", one)
 
     condition, outcome = await scene.unstick(name)
 
@@ -96,7 +102,7 @@ async def test_room_that_the_scheduler_is_making_is_waited_for(scene: Scene) -> 
         name = scene.run(scene.deployment(cpu="1"))
         pod = scene.deployment("victim", cpu="1")["spec"]["template"]
         pod["metadata"]["name"] = "victim"
-        pod["metadata"]["annotations"] = {"hollow.upkeep.dev/termination-seconds": "8"}
+        pod["metadata"]["annotations"] = {"hollow.upkeep.dev/termination-seconds": "12"}
         pod["spec"] |= {
             "priorityClassName": lower["metadata"]["name"],  # type: ignore[index]
             "terminationGracePeriodSeconds": 20,
@@ -146,6 +152,72 @@ async def test_deleting_old_replica_sets_takes_the_empty_ones_of_its_own_after_s
     assert list(scene.sets(name)) == ["2"]
     assert scene.complete(name)
     assert {one["metadata"]["uid"] for one in scene.sets(other).values()} == others
+
+
+async def test_without_leave_to_delete_a_healed_rollout_is_healed_all_the_same(
+    scene: Scene,
+) -> None:
+    name = stuck(scene)
+    rules = [
+        {"apiGroups": ["apps"], "resources": ["*"], "verbs": ["get", "list", "patch"]},
+        {"apiGroups": ["", "policy"], "resources": ["*"], "verbs": ["get", "list", "patch"]},
+    ]
+    kubeconfig = scene.plane.service_account(scene.name, rules)
+    fix = scene.fix(connect=lambda: client(kubeconfig, {}), delete_old_replica_sets=True)
+    _, outcome = await scene.unstick(name, fix)
+    assert outcome is not None
+    assert outcome.phase is Phase.SUCCEEDED, outcome
+    assert "old ReplicaSets are still there" in outcome.message
+    assert "403" in outcome.message
+    assert [step.ok for step in scene.steps if step.name == "delete"] == [False]
+    assert set(scene.sets(name)) == {"1", "2"}
+
+
+async def test_nothing_is_deleted_of_a_rollout_that_went_on_by_itself(scene: Scene) -> None:
+    name = stuck(scene)
+    fix = scene.fix(delete_old_replica_sets=True)
+    condition = await fix.check(scene.target(name))
+    assert condition.broken, condition
+    scene.node(cpu="1500m")  # room, from elsewhere
+    scene.wait_available(name)
+
+    outcome = await fix.apply(scene.target(name), condition, scene.step_log())
+
+    assert (outcome.phase, outcome.reason) == (Phase.SKIPPED, "ConditionCleared")
+    assert set(scene.sets(name)) == {"1", "2"}
+
+
+@pytest.mark.parametrize("how", ["deployment", "namespace", "paused"])
+async def test_r21_told_to_stop_meanwhile_it_ends_the_step_it_is_at_and_takes_no_other(
+    scene: Scene, how: str
+) -> None:
+    scene.node(cpu="3500m")
+    name = stuck_beside(scene)
+    fix = scene.fix()
+    told: list[bool] = []
+    sleep = fix._sleep
+
+    async def stopping(seconds: float) -> None:
+        if not told and scene.sets(name)["1"]["spec"]["replicas"] == 2:
+            told.append(True)
+            if how == "namespace":
+                path = f"/api/v1/namespaces/{scene.namespace}"
+                scene.api.request("PATCH", path, OFF, content_type=MERGE)
+            else:
+                scene.patch(name, OFF if how == "deployment" else {"spec": {"paused": True}})
+        await sleep(seconds)
+
+    fix._sleep = stopping
+    _, outcome = await scene.unstick(name, fix)
+
+    reason = "Paused" if how == "paused" else "OptedOut"
+    assert outcome is not None
+    assert (outcome.phase, outcome.reason) == (Phase.FAILED, reason), outcome
+    assert [step.name for step in scene.steps] == ["claim", "free", "come-up"]
+    sets = scene.sets(name)
+    assert sets["1"]["spec"]["replicas"] == 2
+    assert '"holder"' not in sets["2"]["metadata"]["annotations"].get(UNSTICK, "")
+    assert scene.available(name) == 3
 
 
 async def test_nothing_is_deleted_after_a_failure(scene: Scene) -> None:

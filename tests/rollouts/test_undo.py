@@ -90,7 +90,7 @@ async def test_r4_another_pod_takes_the_freed_room(scene: Scene) -> None:
     condition = await fix.check(scene.target(name))
     assert condition.broken, condition
     (old,) = [p for p in scene.pods(name) if p["spec"].get("nodeName")]
-    slowly = {"metadata": {"annotations": {"hollow.upkeep.dev/termination-seconds": "4"}}}
+    slowly = {"metadata": {"annotations": {"hollow.upkeep.dev/termination-seconds": "8"}}}
     path = f"{scene.space()}/pods/{old['metadata']['name']}"
     scene.api.request("PATCH", path, slowly, content_type="application/merge-patch+json")
     fix._sleep = meanwhile
@@ -106,8 +106,9 @@ async def test_r13_the_api_server_restarts_in_the_middle(scene: Scene) -> None:
     name = stuck(scene)
     scene.step_log()
     task = asyncio.create_task(scene.unstick(name, scene.fix(come_up_timeout=90.0)))
-    while not any(step.name == "free" for step in scene.steps):
-        await asyncio.sleep(0.02)
+    async with asyncio.timeout(60):
+        while not any(step.name == "free" for step in scene.steps):
+            await asyncio.sleep(0.02)
     scene.plane.stop("kube-apiserver", kill=True)
     await asyncio.sleep(3)
     scene.plane.components["kube-apiserver"].launch()
@@ -115,6 +116,38 @@ async def test_r13_the_api_server_restarts_in_the_middle(scene: Scene) -> None:
     assert outcome is not None
     assert outcome.phase is Phase.SUCCEEDED, (outcome, scene.state(name))
     assert scene.complete(name)
+
+
+async def test_r13_an_api_server_that_is_away_for_long_is_no_fault_of_the_release(
+    scene: Scene, tmp_path: Path
+) -> None:
+    name = stuck(scene, behaviour="slow-ready=8")
+    away: list[int] = []
+
+    def plan(count: int, method: str, _path: str) -> str:
+        return "500" if away and method == "GET" and count < away[0] + 40 else ""
+
+    async with FaultyApi(scene.plane, tmp_path, plan) as faulty:
+
+        def connect() -> Client:
+            return Client(
+                lambda: load_access(faulty.kubeconfig, {}), sleep=lambda _: asyncio.sleep(0.1)
+            )
+
+        fix = scene.fix(connect=connect, come_up_timeout=2.0)
+        sleep = fix._sleep
+
+        async def meanwhile(seconds: float) -> None:
+            if not away and scene.sets(name)["1"]["spec"]["replicas"] == 0:
+                away.append(len(faulty.seen))
+            await sleep(seconds)
+
+        fix._sleep = meanwhile
+        _, outcome = await scene.unstick(name, fix)
+    assert outcome is not None
+    assert (outcome.phase, outcome.reason) == (Phase.FAILED, "ApiUnavailable"), outcome
+    assert restored(scene, name), scene.state(name)
+    assert (await scene.fix().check(scene.target(name))).reason != "FailedBefore"
 
 
 async def test_r13_whatever_the_api_server_answers_nothing_is_left_half_done(
@@ -247,7 +280,7 @@ async def test_e2_killed_in_the_middle_its_successor_undoes(scene: Scene, tmp_pa
 async def test_a_pod_that_is_ready_for_a_moment_and_crashes_is_undone(scene: Scene) -> None:
     """No readiness probe: it counts as available until it dies, which the controller believes."""
     name = stuck(scene, behaviour="ready-then-crash=0.5")
-    _, outcome = await scene.unstick(name, scene.fix(settle=3.0, most_restarts=1))
+    _, outcome = await scene.unstick(name, scene.fix(settle=10.0, most_restarts=1))
     assert outcome is not None
     assert outcome.phase is Phase.FAILED, outcome
     assert outcome.reason == "NewPodCrashes", outcome

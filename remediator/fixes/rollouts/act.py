@@ -13,7 +13,7 @@ import msgspec
 from exporter.checks.freeing import Freeing
 from exporter.checks.objects import Pod
 from exporter.checks.rollouts import Stuck
-from exporter.checks.scheduling import why_not
+from exporter.checks.scheduling import has_room
 from exporter.kubernetes import ApiError, Client, decode
 from remediator.fixes.rollouts.look import Look, look
 from remediator.fixes.rollouts.mark import Mark, annotation, mark_of
@@ -49,6 +49,8 @@ class Act:
         self.open: Open | None = None
         """The step under way; whoever is interrupted with one undoes it."""
         self.writes = Writes(api, settings, now=now, sleep=sleep)
+        self.overtaken = 0
+        """Steps taken back because somebody changed the Deployment meanwhile."""
         self.freed = 0
         """Pods freed so far, each replaced by a new one that came up."""
 
@@ -134,8 +136,10 @@ class Act:
                 )
                 for take in plan.takes
             ),
-            nodes=tuple(sorted({pod.node for take in plan.takes for pod in take.pods})),
+            nodes=tuple(sorted({p.node for take in plan.takes for p in take.pods if p.node})),
             costs={p.uid: p.deletion_cost for t in plan.takes if t.steered for p in t.pods},
+            generation=stuck.deployment.generation,
+            serving=plan.available_before,
         )
         data = msgspec.to_builtins(begun)
         async with self.steps.step("free", sentence(plan), **data) as step:
@@ -143,8 +147,8 @@ class Act:
             if plan.node and stuck.waiting:
                 await self.writes.reserve(stuck.waiting[0], plan.node)
             for take in plan.takes:
-                if take.steered:
-                    await self._steer(take.pods)
+                if take.steered:  # those without a node go first anyhow
+                    await self._steer([pod for pod in take.pods if pod.node])
                 await self.writes.scale(take.replica_set, take.after)
             step.result = "scaled down"
         async with self.steps.step(
@@ -154,7 +158,7 @@ class Act:
         self.open = None
         self.freed += sum(len(take.pods) for take in plan.takes)
 
-    async def _steer(self, pods: tuple[Pod, ...]) -> None:
+    async def _steer(self, pods: list[Pod]) -> None:
         """Make the ReplicaSet controller choose these pods."""
         for pod in pods:
             try:
@@ -169,12 +173,12 @@ class Act:
         ends = time.monotonic() + settings.come_up_timeout
         ready_from: dict[tuple[str, int], float] = {}
         hopeless_from = unplaced_from = nudged_at = 0.0
-        why = "it was not seen yet"
+        code, why = "ApiUnavailable", "it was not seen yet"
         while time.monotonic() < ends:
             try:
                 found = await self.seen(begun.deployment, begun.newest, whole=False)
             except ApiError as error:
-                why = str(error)
+                code, why = "ApiUnavailable", str(error)
                 await self.sleep(settings.poll)
                 continue
             clock = time.monotonic()
@@ -206,14 +210,21 @@ class Act:
                     await self.claim(begun.deployment, begun.newest)
             leaving = any(p.deletion for p in found.view.pods.values() if p.node)
             unplaced = not leaving and not any(p.node for p in pods)
+            waiting = [p for p in pods if p.unschedulable and p.deletion is None]
+            if unplaced and waiting:
+                # Reserving made the scheduler try at once, in vain, and so wait for some seconds.
+                await self.writes.nudge(next((p for p in waiting if p.nominated), waiting[0]))
             unplaced_from = (unplaced_from or clock) if unplaced else 0.0
             if unplaced and clock - unplaced_from >= _NO_ROOM_AFTER:
                 await self._still_has_room(begun)
                 unplaced_from = clock
+            # What somebody's change brought about is no fault of the new ReplicaSet.
+            changed = begun.overtaken(found.deployment)
+            code = "ChangedMeanwhile" if changed else "NewPodNotAvailable"
             why = _state_of(pods)
             await self.sleep(settings.poll)
         raise GaveUpError(
-            "NewPodNotAvailable",
+            code,
             f"no new pod became available within {settings.come_up_timeout:g} s: {why}",
         )
 
@@ -221,12 +232,15 @@ class Act:
         """`GaveUpError` where the new pod no longer fits; a slow scheduler gets more time."""
         with contextlib.suppress(ApiError):
             found = await self.seen(begun.deployment, begun.newest, whole=True)
-            for pod in _newest_pods(found):
-                nodes = found.view.nodes.values()
-                if pod.unschedulable and all(why_not(found.view, pod, node) for node in nodes):
-                    raise GaveUpError("RoomTaken", "the freed room was taken by another pod")
-                if pod.unschedulable:
-                    await self.writes.nudge(pod)
+            waiting = [pod for pod in _newest_pods(found) if pod.unschedulable]
+            # Several may wait, and the room is for one.
+            if waiting and not any(has_room(found.view, pod) for pod in waiting):
+                if begun.overtaken(found.deployment):
+                    raise GaveUpError(
+                        "ChangedMeanwhile",
+                        f"{self.target} was changed meanwhile and the freed room is gone",
+                    )
+                raise GaveUpError("RoomTaken", "the freed room was taken by another pod")
 
 
 def _newest_pods(found: Look) -> list[Pod]:

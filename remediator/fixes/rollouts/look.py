@@ -74,4 +74,5 @@ async def _scale_ups(api: Client, view: ClusterView, namespace: str) -> None:
         if error.status != 403:
             raise
         return
-    view.scale_ups.update({event.pod_uid: event.at for event in events})
+    for event in events:
+        view.note_scale_up(event.pod_uid, event.at)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from exporter.checks.objects import ReplicaSet
+from exporter.checks.objects import Deployment, ReplicaSet
 from remediator.fixes.rollouts.look import Look
 
 T = TypeVar("T")
@@ -39,6 +39,18 @@ class Open(msgspec.Struct, frozen=True):
     """Where its pods were: the room to give back in an undo."""
     costs: dict[str, str | None] = {}
     """The pod deletion costs that were overwritten, by pod uid."""
+    generation: int = 0
+    """The Deployment's, 0 where an older version of this program didn't note it."""
+    serving: int = 0
+    """How many pods of all its ReplicaSets were available before."""
+
+    def overtaken(self, deployment: Deployment) -> bool:
+        """Whether somebody has changed the Deployment since.
+
+        Its controller then spreads the pods over the ReplicaSets anew, so that the numbers above
+        no longer say what would be right.
+        """
+        return bool(self.generation) and deployment.generation != self.generation
 
 
 class GaveUpError(Exception):

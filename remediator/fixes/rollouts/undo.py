@@ -45,31 +45,44 @@ async def _round(act: Act, begun: Open) -> str:
         for pod in found.view.pods_of(ours):
             if pod.nominated and not pod.node:
                 await act.writes.reserve(pod, None)
+    for pod in found.view.pods.values():
+        if pod.deletion_cost == LOWEST_COST and pod.uid in begun.costs:
+            await act.writes.set_cost(pod, begun.costs[pod.uid])
+    overtaken = begun.overtaken(found.deployment)
+    if overtaken and _serving(act, found) >= min(begun.serving, found.deployment.replicas):
+        return ""  # spread anew by its controller, and serving: there is nothing to go back to
     missing: list[str] = []
     for taken in begun.taken:
         old = sets.get(taken.uid)
         if old is None:
             return f"ReplicaSet {taken.name} was deleted meanwhile"
         if newest is None or newest.uid != old.uid:  # else: rolled back, and the controller's job
-            missing.append(await _restore(act, begun, found, taken, old))
+            before = min(taken.before, found.deployment.replicas) if overtaken else taken.before
+            missing.append(await _restore(act, begun, found, taken=taken, old=old, before=before))
     missing = [words for words in missing if words]
-    if ours is not None and not missing and ours.replicas > begun.newest_replicas:
+    if ours is not None and not missing and not overtaken and ours.replicas > begun.newest_replicas:
         # The Deployment controller filled the gap with new pods that now only wait.
         await act.writes.set_replicas(ours, begun.newest_replicas)
     return "; ".join(missing)
 
 
-async def _restore(act: Act, begun: Open, found: Look, taken: Taken, old: ReplicaSet) -> str:
-    """Bring one old ReplicaSet back; empty when it is."""
+def _serving(act: Act, found: Look) -> int:
+    """How many pods of every ReplicaSet have been available for as long as a new one must."""
+    settle = max(act.settings.settle, float(found.deployment.min_ready))
+    pods = [p for one in found.view.sets_of(found.deployment) for p in found.view.pods_of(one)]
+    return sum(pod.available(act.now(), settle) for pod in pods)
+
+
+async def _restore(
+    act: Act, begun: Open, found: Look, *, taken: Taken, old: ReplicaSet, before: int
+) -> str:
+    """Bring one old ReplicaSet back to `before` pods; empty when it is."""
     pods = found.view.pods_of(old)
-    for pod in pods:
-        if pod.deletion_cost == LOWEST_COST and pod.uid in begun.costs:
-            await act.writes.set_cost(pod, begun.costs[pod.uid])
-    if old.replicas < taken.before:
-        await act.writes.set_replicas(old, taken.before)
-        return f"{taken.name} is being scaled back to {taken.before}"
+    if old.replicas < before:
+        await act.writes.set_replicas(old, before)
+        return f"{taken.name} is being scaled back to {before}"
     available = sum(p.available(act.now(), found.deployment.min_ready) for p in pods)
-    if available >= min(taken.available, taken.before):
+    if available >= min(taken.available, before):
         return ""
     waiting = [p for p in pods if p.unschedulable and not p.deletion]
     if waiting:

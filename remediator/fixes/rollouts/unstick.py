@@ -11,54 +11,18 @@ from exporter.checks.freeing import Freeing, Limits, Refusal, plan_freeing
 from exporter.checks.labels import parse_selector
 from exporter.checks.objects import OPT_OUT
 from exporter.checks.rollouts import Moving, Stuck
+from exporter.checks.scheduling import has_room
 from exporter.kubernetes import AccessError, ApiError, Client, decode
 from remediator.fixes.rollouts.act import Act, sentence
 from remediator.fixes.rollouts.look import Look, look
 from remediator.fixes.rollouts.mark import mark_of
+from remediator.fixes.rollouts.reasons import FAILED, FINAL, SKIPPED
 from remediator.fixes.rollouts.settings import Settings
 from remediator.fixes.rollouts.step import GaveUpError, Open, newest_of, shielded
 from remediator.fixes.rollouts.undo import undo
 from remediator.model import CheckError, Condition, FixError, Outcome, Phase, Steps, Target
 
-_SKIPPED = (
-    "ConditionCleared",
-    "NotSelected",
-    "Paused",
-    "GenerationBehind",
-    "NoNewestReplicaSet",
-    "Terminating",
-    "Nominated",
-    "ScaleUpTriggered",
-    "BelowActLimit",
-    "Recreate",
-    "NotForLackOfRoom",
-    "CannotBeKnown",
-    "FitsNow",
-    "NothingToFree",
-    "DoesNotFit",
-    "CannotChoosePod",
-    "WouldStopService",
-    "TooFewAvailable",
-    "DisruptionBudget",
-    "FailedBefore",
-    "AlreadyActing",
-    "TargetReplaced",
-    "Superseded",
-)
-_FAILED = (
-    "NewPodCrashes",
-    "NewPodDoesNotStart",
-    "NewPodNotAvailable",
-    "RoomTaken",
-    "ChangedMeanwhile",
-    "ApiRefused",
-    "ApiUnavailable",
-    "Interrupted",
-    "NotRestored",
-    "StillStuck",
-    "TargetReplaced",
-    "Superseded",
-)
+_MOST_OVERTAKEN = 5  # steps taken back because somebody changed the Deployment meanwhile
 
 
 class UnstickRollout:
@@ -68,8 +32,8 @@ class UnstickRollout:
     target_labels = ("namespace", "deployment")
     reasons: Mapping[Phase, tuple[str, ...]] = {
         Phase.SUCCEEDED: ("RolloutUnstuck",),
-        Phase.FAILED: _FAILED,
-        Phase.SKIPPED: _SKIPPED,
+        Phase.FAILED: FAILED,
+        Phase.SKIPPED: SKIPPED,
     }
 
     def __init__(
@@ -208,7 +172,9 @@ class UnstickRollout:
         except asyncio.CancelledError:
             await shielded(self._abandon(act, deployment, newest))
             raise
-        failed = outcome.message if outcome.phase is Phase.FAILED and _final(outcome.reason) else ""
+        failed = (
+            outcome.message if outcome.phase is Phase.FAILED and outcome.reason in FINAL else ""
+        )
         await shielded(self._let_go(act, deployment, newest, failed))
         return outcome
 
@@ -230,7 +196,7 @@ class UnstickRollout:
         begun = act.open
         if begun is None:
             phase = Phase.FAILED if act.freed else Phase.SKIPPED
-            if code not in _SKIPPED:
+            if code not in SKIPPED:
                 phase = Phase.FAILED
             return _outcome(phase, code, why)
         if await undo(act, begun, why):
@@ -250,8 +216,11 @@ class UnstickRollout:
                     raise
                 await self._sleep(self._settings.poll)
                 continue
-            if isinstance(found.stuck, Moving) and found.deployment.complete:
+            done = isinstance(found.stuck, Moving) and found.deployment.complete
+            if done or (act.freed and _nothing_old(found)):
                 return await self._done(act, found)
+            if words := _opt_out(found):
+                raise GaveUpError("OptedOut", f"nothing further is done: {words}")
             why = await self._next(act, found)
             if not why:
                 ends = time.monotonic() + self._settings.come_up_timeout
@@ -274,7 +243,15 @@ class UnstickRollout:
             return plan.message
         if not await act.claim(stuck.deployment.uid, stuck.newest.uid):
             raise GaveUpError("AlreadyActing", "another executor took over this Deployment")
-        await act.free(found, stuck, plan)
+        try:
+            await act.free(found, stuck, plan)
+        except GaveUpError as stop:
+            if stop.code != "ChangedMeanwhile" or act.overtaken >= _MOST_OVERTAKEN:
+                raise
+            act.overtaken += 1
+            if act.open is not None and not await undo(act, act.open, str(stop)):
+                raise GaveUpError("NotRestored", f"{stop}; the old pods are not all back") from None
+            return str(stop)
         return ""
 
     async def _done(self, act: Act, found: Look) -> Outcome:
@@ -282,13 +259,20 @@ class UnstickRollout:
             return _outcome(
                 Phase.SKIPPED, "ConditionCleared", "the rollout went on before anything was done"
             )
-        if self._settings.delete_old_replica_sets:
-            await self._delete_old(act, found)
+        deployment, kept = found.deployment, ""
+        if self._settings.delete_old_replica_sets and deployment.complete:
+            try:
+                await self._delete_old(act, found)
+            except ApiError as error:  # the rollout is healed all the same
+                kept = f"; old ReplicaSets are still there: {error}"
+        state = "the rollout is complete"
+        if not deployment.complete:
+            state = "no old pod is left, and what is not available finds no room beside the others"
         return _outcome(
             Phase.SUCCEEDED,
             "RolloutUnstuck",
-            f"the rollout is complete: {act.freed} old pods were freed one step at a time, and "
-            f"{found.deployment.available} of {found.deployment.replicas} pods are available",
+            f"{state}: {act.freed} old pods were freed one step at a time, and "
+            f"{deployment.available} of {deployment.replicas} pods are available{kept}",
         )
 
     async def _delete_old(self, act: Act, found: Look) -> None:
@@ -333,7 +317,7 @@ class UnstickRollout:
             act.freed = sum(taken.before - taken.after for taken in begun.taken)
         except GaveUpError as stop:
             outcome = await shielded(self._step_back(act, stop.code, str(stop)))
-            failed = outcome.message if _final(outcome.reason) else ""
+            failed = outcome.message if outcome.reason in FINAL else ""
             await shielded(self._let_go(act, begun.deployment, begun.newest, failed))
             return outcome
         except asyncio.CancelledError:
@@ -365,15 +349,15 @@ def _left_open(steps: Steps) -> _Left:
     return left
 
 
-def _final(reason: str) -> bool:
-    """Whether this failure is the new ReplicaSet's own, never to be tried again."""
-    return reason in {
-        "NewPodCrashes",
-        "NewPodDoesNotStart",
-        "NewPodNotAvailable",
-        "RoomTaken",
-        "NotRestored",
-    }
+def _nothing_old(found: Look) -> bool:
+    """Whether all that still waits are pods of the newest revision, more than there is room for."""
+    stuck = found.stuck
+    return (
+        isinstance(stuck, Stuck)
+        and bool(stuck.waiting)
+        and not stuck.old
+        and not any(has_room(found.view, pod) for pod in stuck.waiting)
+    )
 
 
 def _opt_out(found: Look) -> str:

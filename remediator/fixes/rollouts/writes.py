@@ -12,6 +12,7 @@ from remediator.fixes.rollouts.step import GaveUpError
 
 LOWEST_COST = "-2147483647"
 """The deletion cost by which a ReplicaSet controller (1.22 and newer) is made to choose a pod."""
+_RESERVE_TRIES = 5
 NUDGE_EVERY = 3.0  # seconds between two nudges of a controller that backs off
 
 
@@ -89,21 +90,34 @@ class Writes:
         `nominatedNodeName` is what preemption itself sets: pods of the same or a lower priority
         are then not placed into that room. Where it may not be set, the room is open to others.
         """
-        with contextlib.suppress(ApiError):
-            await self._api.patch(
-                decode.POD_STATUSES,
-                pod.namespace,
-                pod.name,
-                uid=pod.uid,
-                resource_version=pod.resource_version,
-                change={"status": {"nominatedNodeName": node}},
-            )
+        current = pod
+        for _ in range(_RESERVE_TRIES):
+            try:
+                await self._api.patch(
+                    decode.POD_STATUSES,
+                    pod.namespace,
+                    pod.name,
+                    uid=pod.uid,
+                    resource_version=current.resource_version,
+                    change={"status": {"nominatedNodeName": node}},
+                )
+            except ApiError as error:
+                if error.status != 409:
+                    return
+            else:
+                return
+            # The scheduler writes to a waiting pod each time it tries it.
+            with contextlib.suppress(ApiError):
+                current = await self._api.get(decode.PODS, pod.namespace, pod.name)
+            if current.uid != pod.uid or current.node:
+                return
 
     async def nudge(self, pod: Pod) -> None:
         """Have the scheduler try a waiting pod again.
 
-        A reservation given back is no event to it, and without one it looks again after a minute
-        or more. A change of the pod itself is an event.
+        After each try in vain it waits longer, up to ten seconds, and where nothing happens that it
+        takes for an event (a reservation given back is none) a minute or more. A change of the pod
+        itself ends both, on most versions.
         """
         if time.monotonic() - self._nudged.get(pod.uid, 0.0) < NUDGE_EVERY:
             return
