@@ -25,6 +25,7 @@ MANIFESTS = f"{KUBERNETES_DIRECTORY}/manifests"
 ETCD_ENVIRONMENT = "/etc/etcd.env"
 _START_TOLERANCE = 1.0  # seconds: the boot time in /proc/stat is whole seconds
 _POD_UID = re.compile(rb"pod([0-9a-f]{32}|[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12})")
+_CONTAINER = re.compile(rb"[0-9a-f]{64}")
 _COMM = {  # the kernel keeps 15 characters of a name
     b"kube-apiserver": "kube-apiserver",
     b"kube-controller": "kube-controller-manager",
@@ -55,6 +56,8 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     """Clock ticks after boot: with the pid, its identity."""
     started_at: float
     """Unix seconds, right to about a second."""
+    container: str = ""
+    """The id of its container, whichever runtime made it; empty for etcd on the host."""
 
 
 class Staleness(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,11 +195,14 @@ def find_processes(procfs: Path, root: Root) -> tuple[Process, ...]:
         component = _COMM.get(_read(directory / "comm").rstrip(b"\n"))
         if component is None:
             continue
-        uid = _POD_UID.search(_read(directory / "cgroup"))
+        cgroup = _read(directory / "cgroup")
+        uid = _POD_UID.search(cgroup)
         if uid is None or pods.get(uid[1].replace(b"_", b"-").decode()) != component:
             continue
         if (process := read_process(procfs, component, int(entry.name))) is not None:
-            found.append(process)
+            container = _CONTAINER.search(cgroup)
+            identity = container[0].decode() if container else ""
+            found.append(msgspec.structs.replace(process, container=identity))
     return tuple(found)
 
 

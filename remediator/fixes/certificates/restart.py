@@ -54,9 +54,12 @@ class Restarter:
         self._timeout = timeout
 
     def find(self, component: str) -> Process | None:
-        """Its newest process; None while there is none."""
+        """The first process of its newest container; None while there is none."""
         found = [p for p in find_processes(self._procfs, self._root) if p.component == component]
-        return max(found, key=lambda p: p.start_ticks, default=None)
+        first: dict[str, Process] = {}  # of each container: what was executed in it came later
+        for process in sorted(found, key=lambda p: p.start_ticks):
+            first.setdefault(process.container, process)
+        return max(first.values(), key=lambda p: p.start_ticks, default=None)
 
     async def restart(self, process: Process) -> Process:
         """End this very process, and return the healthy one that follows it. RestartError."""
