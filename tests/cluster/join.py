@@ -37,6 +37,14 @@ from tests.cluster.pki import read_certificates
 
 NODES = 3
 PORT = 6443
+_CLUSTER = {
+    # Milliseconds. Three members on a few busy cores miss the usual 100 now and then, and each new
+    # election would be a moment without a leader that no rotation is to blame for.
+    "etcd": {"local": {"extraArgs": {"heartbeat-interval": "300", "election-timeout": "3000"}}},
+    # It is also how long an API server that ends waits for watches, which end at no time: usually
+    # a minute for each of the nodes.
+    "apiServer": {"extraArgs": {"request-timeout": "15s"}},
+}
 
 
 @contextmanager
@@ -74,6 +82,7 @@ def joined_cluster(
         settings = Settings(
             control_plane_endpoint=f"{network.machine}:{PORT}",
             certificate_key=secrets.token_hex(32),
+            cluster=_CLUSTER,
             token=f"{secrets.token_hex(3)}.{secrets.token_hex(8)}",
         )
         cluster = KubeadmCluster(nodes[0].state.cluster, nodes, binaries)

@@ -16,9 +16,6 @@ from tests.cluster.node_init import Service
 KUBELET_CONFIG = "/var/lib/kubelet/config.yaml"
 CRI_SOCKET = "unix:///run/containerd/containerd.sock"
 _VOLUME_PLUGINS = "/var/lib/kubelet/volume-plugins"
-_PATIENT_ETCD = {"heartbeat-interval": "300", "election-timeout": "3000"}
-"""Milliseconds. Three members on a few busy cores miss the usual 100 now and then, and each new
-election would be a moment without a leader that no rotation is to blame for."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,6 @@ def init_configuration(version: str, node: str, address: str, settings: Settings
     if settings.certificate_key:
         init["certificateKey"] = settings.certificate_key
         init["bootstrapTokens"] = [{"token": settings.token}]
-        cluster["etcd"] = {"local": {"extraArgs": _PATIENT_ETCD}}
     documents = (init, cluster, _kubelet_configuration(settings))
     return "---\n".join(yaml.safe_dump(document, sort_keys=False) for document in documents)
 

@@ -50,6 +50,7 @@ class RotateCertificates:
             "RolledBack",
             "RollbackFailed",
             "RestartFailed",
+            "AwaitingPeers",
             INTERRUPTED,
             *Restore.reasons[Phase.FAILED],
         ),

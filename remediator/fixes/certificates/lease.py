@@ -5,6 +5,8 @@ until a person takes the mark away. The API server is restarted while the Lease 
 renewing in that time, it only forbids others to start.
 """
 
+import asyncio
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -18,6 +20,8 @@ NAME = "upkeep-rotate-certificates"
 FAILED = "upkeep.dev/failed"
 _COLLECTION = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases"
 _PATH = f"{_COLLECTION}/{NAME}"
+_PATIENCE = 60.0  # seconds
+_POLL = 2.0
 _RESUME = f"kubectl -n kube-system annotate lease {NAME} {FAILED}-"
 
 
@@ -54,14 +58,23 @@ class RotationLease:
             raise
 
     async def release(self, *, failed: str = "") -> bool:
-        """Give it back; `failed` marks it, in words. Whether that could be written."""
-        try:
-            held = await self._api.get(_PATH)
-            if held is not None and _holder(held) == self._node:
-                await self._api.write("PUT", _PATH, self._body(held, holder="", failed=failed))
-        except (ApiError, AccessError):
-            return False
-        return True
+        """Give it back; `failed` marks it, in words. Whether that could be written.
+
+        An API that is away for a moment is asked again: what is not given back stops every other
+        node until a person has looked here.
+        """
+        ends = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                held = await self._api.get(_PATH)
+                if held is not None and _holder(held) == self._node:
+                    await self._api.write("PUT", _PATH, self._body(held, holder="", failed=failed))
+            except (ApiError, AccessError):
+                if time.monotonic() > ends:
+                    return False
+                await asyncio.sleep(_POLL)
+            else:
+                return True
 
     async def _refuse(self, held: Mapping[str, Any] | None) -> None:
         if held is None:

@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.utils import CryptographyDeprecationWarning
 
 from exporter.checks.certificates import DAY, Certificate, Root, is_due
-from exporter.checks.certificates.components import manifest_flags
 from exporter.kubernetes.access import AccessError
 from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
@@ -35,6 +34,7 @@ from remediator.fixes.certificates.kubeadm import (
 )
 from remediator.fixes.certificates.layout import Layout, Pair, PairError, check_pair
 from remediator.fixes.certificates.lease import RotationLease
+from remediator.fixes.certificates.members import MembersError, stored_members
 from remediator.fixes.certificates.plan import (
     RefusedError,
     RotationPlan,
@@ -105,7 +105,7 @@ class Preflight:
             try:
                 fetched = await self._check_cluster(layout)
             except (ApiError, AccessError) as error:
-                self._refuse_unless_expired(layout, str(error), by_person=by_person)
+                await self._refuse_unless_expired(layout, str(error), by_person=by_person)
                 recovery = True
         config = self._configuration(layout, fetched=bool(fetched))
         text = fetched if config == saved_configuration(self._settings) and fetched else ""
@@ -140,7 +140,7 @@ class Preflight:
             self._check_space(size if self._settings.etcd_snapshot else 0)
         return await fetch_configuration(self._api, self._root, self._node)
 
-    def _refuse_unless_expired(self, layout: Layout, why: str, *, by_person: bool) -> None:
+    async def _refuse_unless_expired(self, layout: Layout, why: str, *, by_person: bool) -> None:
         """An API that's gone because certificates expired is what recovery is for; else refuse."""
         now = self._clock()
         expired = [p.name for p in layout.pairs if p.certificate.remaining(now) < 0]
@@ -152,20 +152,19 @@ class Preflight:
         mode = self._settings.recovery
         if by_person and mode != "never":
             return
-        if mode == "single" and self._is_single():
-            return
+        try:
+            members = await asyncio.to_thread(stored_members, self._root)
+        except MembersError as error:
+            known = str(error)
+        else:
+            if mode == "single" and len(members) == 1:
+                return
+            known = f"etcd's members are {', '.join(m.name or 'one not started' for m in members)}"
         raise RefusedError(
             "RecoveryByPerson",
-            f"{', '.join(expired)} expired and the API is gone; on every control plane node, one "
-            "by one: upkeep-remediator run rotate-certificates",
+            f"{', '.join(expired)} expired and the API is gone; {known}. On every control plane "
+            "node, at the same time: upkeep-remediator run rotate-certificates --force",
         )
-
-    def _is_single(self) -> bool:
-        """Whether etcd was made for one member only, which is all that can be known without it."""
-        flags = manifest_flags(self._root, "etcd")
-        cluster = flags.get("initial-cluster", "")
-        joined = flags.get("initial-cluster-state", "") == "existing"
-        return bool(cluster) and "," not in cluster and not joined
 
     def _check_space(self, extra: int) -> None:
         problem = space_problem(self._root, self._settings.backup_directory, extra)

@@ -1,5 +1,8 @@
 """etcd stopped for a copy of its data, where expired certificates let nobody take a snapshot.
 
+Where it has several members, each node renews and starts its own, and then waits for the others: no
+node can do more before more than half have done as much, and none waits for ever.
+
 A static pod is stopped by taking its manifest out of the kubelet's directory. It is kept beside it,
 under a name that is written to the step log first: whoever comes after a crash puts it back.
 """
@@ -8,15 +11,18 @@ import asyncio
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from exporter.checks.certificates import Root
-from exporter.checks.certificates.components import manifest_flags
+from exporter.checks.certificates.components import endpoint_of, manifest_flags
+from exporter.checks.certificates.served import ProbeError, probe
 from remediator.fixes.certificates.backup import sync
-from remediator.fixes.certificates.layout import ETCD_MANIFEST, ETCD_STASH
+from remediator.fixes.certificates.layout import ETCD_MANIFEST, ETCD_STASH, Layout
+from remediator.fixes.certificates.members import MembersError, StoredMember, stored_members
 from remediator.fixes.certificates.restart import RestartError
 from remediator.fixes.certificates.uptake import Uptake
-from remediator.model import Steps
+from remediator.model import FixError, Steps
 
 _KUBELET_TIME = 40.0  # seconds: the kubelet looks at the directory every 20, at least
 _STOP_TIMEOUT = 180.0
@@ -87,6 +93,57 @@ async def start(root: Root, uptake: Uptake, steps: Steps, *, healthy: bool) -> N
         _move(root, ETCD_STASH, ETCD_MANIFEST)
         if healthy:
             await uptake.await_healthy("etcd")
+
+
+async def await_quorum(
+    root: Root, uptake: Uptake, components: Sequence[str], layout: Layout, steps: Steps
+) -> None:
+    """Wait for etcd's other members where it has any. FixError, RestartError.
+
+    If they don't come, every component here has got the new certificates nevertheless: this node
+    then needs nobody's help once they do.
+    """
+    try:
+        members = await asyncio.to_thread(stored_members, root)
+    except MembersError:
+        return  # the wait for a healthy etcd that follows says what is wrong with it
+    own = manifest_flags(root, "etcd").get("name", "")
+    others = [member for member in members if member.name != own]
+    if not others:
+        return
+    names = ", ".join(member.name or "one not started" for member in others)
+    message = (
+        f"etcd needs {len(members) // 2 + 1} of its {len(members)} members: recover {names} too, "
+        "now, each by itself"
+    )
+    async with steps.step("await quorum", message) as step:
+        try:
+            await uptake.await_healthy("etcd")
+        except RestartError:
+            states = await asyncio.gather(
+                *[asyncio.to_thread(_state, member, time.time()) for member in others]
+            )
+            await uptake.end_older(components, layout)
+            raise FixError(
+                "AwaitingPeers",
+                "this node's certificates are renewed and its etcd runs, but more than half of "
+                f"etcd's members have to: {'; '.join(states)}. Recover those; this node then comes "
+                "up by itself",
+            ) from None
+        step.result = "etcd has a leader"
+
+
+def _state(member: StoredMember, now: float) -> str:
+    """How a member looks from outside, in words."""
+    name = member.name or "one not started"
+    endpoint = endpoint_of(",".join(member.peer_urls))
+    try:
+        served = probe(endpoint).certificate if endpoint else None
+    except ProbeError:
+        served = None
+    if served is None:
+        return f"{name} does not answer"
+    return f"{name} {'has expired' if served.not_after <= now else 'is renewed'}"
 
 
 def _move(root: Root, source: str, target: str) -> None:

@@ -234,6 +234,10 @@ class Rotation:
                 renew_copy(self._root, path) for path in self._settings.kubeconfig_copies
             )
         await recovery.start(self._root, self._uptake, steps, healthy=not plan.recovery)
+        if plan.recovery and "etcd" in plan.components and self._settings.restart != "none":
+            await recovery.await_quorum(
+                self._root, self._uptake, plan.components, plan.layout, steps
+            )
         if plan.components:
             await self._uptake.restart(
                 plan.components, plan.layout, steps, quorum=not plan.recovery

@@ -37,9 +37,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Renew although a CA ends before the new certificates would."""
     require_ready_peers: bool = True
     """Refuse while another control plane node is not Ready."""
-    recovery: Literal["single", "person", "never"] = "person"
-    """What to do where certificates have expired and the API is gone: act by itself where etcd was
-    made for one member (`single`: a first node looks so for ever, also when others have joined it
-    since, so say it only where that is the case); only when a person runs it; or never."""
+    recovery: Literal["single", "person", "never"] = "single"
+    """What to do where certificates have expired and the API is gone: act by itself where etcd's
+    own database names no other member (`single`); only when a person runs it; or never."""
     deadline: Positive = 3600.0
     """Seconds for the whole rotation."""
