@@ -89,6 +89,25 @@ def test_space_counts_what_is_to_be_saved(make_pki: MakePki) -> None:
     assert "absolute" in directory_problem(root, "backups")
 
 
+@pytest.mark.parametrize("what", ["pki", "pki/etcd", "pki/apiserver.key"])
+async def test_c24_a_pki_that_a_backup_would_miss_is_not_renewed(
+    make_pki: MakePki, what: str
+) -> None:
+    pki = make_pki(timedelta(days=3))
+    shutil.move(pki.directory / what, pki.rootfs / "elsewhere")
+    up = "../" * (2 + what.count("/"))
+    (pki.directory / what).symlink_to(f"{up}elsewhere")
+    condition = await rotate(pki).check(NODE)
+    assert (condition.broken, condition.reason) == (False, "BackupImpossible")
+    assert "is /elsewhere" in condition.message
+    assert f"/etc/kubernetes/{what}" in condition.message
+    (pki.directory / what).unlink()
+    inside = pki.directory / "ssl"
+    shutil.move(pki.rootfs / "elsewhere", inside)
+    (pki.directory / what).symlink_to("/etc/kubernetes/ssl")
+    assert (await rotate(pki).check(NODE)).broken
+
+
 def test_c5_no_member_goes_while_another_is_unhealthy() -> None:
     members = tuple(
         Member(name=f"m{n}", client_urls=(f"https://10.0.0.{n}:2379",), is_learner=False)

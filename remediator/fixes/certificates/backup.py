@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from exporter.checks.certificates import Root
-from exporter.checks.certificates.layouts import KUBERNETES_DIRECTORY
+from exporter.checks.certificates.layouts import KUBERNETES_DIRECTORY, PKI_DIRECTORIES
 
 ARCHIVE = "files.tar.gz"
 INDEX = "index.json"
@@ -66,6 +66,20 @@ def directory_problem(root: Root, directory: str) -> str:
                 f"backup_directory {directory} lies in {source}, where the kubelet could run it "
                 "and a backup would hold itself; choose another"
             )
+    return _link_problem(root)
+
+
+def _link_problem(root: Root) -> str:
+    """Which file of the PKI a backup would miss, since a link leads to it; empty where none."""
+    kept = [root.real(source) for source in SOURCES]
+    for directory in PKI_DIRECTORIES:
+        here = root.resolve(directory)
+        for folder, folders, names in os.walk(here):
+            for name in [*folders, *names, "."]:
+                path = str(PurePosixPath(directory, Path(folder).relative_to(here), name))
+                real = PurePosixPath(root.real(path))
+                if not any(real.is_relative_to(source) for source in kept):
+                    return f"{path} is {real}, which a backup would not hold: move it to {path}"
     return ""
 
 
