@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from exporter.checks.certificates import Root
-from exporter.checks.certificates.components import manifest_flags
+from exporter.checks.certificates.components import etcd_environment, manifest_flags
 from remediator.fixes.certificates.layout import ETCD_STASH
 
 _PAGE = struct.Struct("<QHHI")  # id, kind, count, overflow
@@ -56,7 +56,7 @@ def stored_members(root: Root) -> list[StoredMember]:
 
     An etcd of the host's own says nothing of how many control planes use it.
     """
-    flags = manifest_flags(root, "etcd")
+    flags = manifest_flags(root, "etcd") or etcd_environment(root)
     if not flags and not root.exists(ETCD_STASH):
         raise MembersError("this node has no stacked etcd")
     directory = flags.get("data-dir", "/var/lib/etcd")
