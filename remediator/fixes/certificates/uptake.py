@@ -89,7 +89,8 @@ class Uptake:
                     begun = time.monotonic()
                     new = await self._restarter.restart(process)
                     step.result = (
-                        f"pid {process.pid} ended, pid {new.pid} healthy after "
+                        f"pid {process.pid} of container {process.container[:12]} ended, pid "
+                        f"{new.pid} of {new.container[:12]} healthy after "
                         f"{time.monotonic() - begun:.0f} s"
                     )
                 else:  # it ended by itself, or never had other certificates: not once more
