@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
 
 from exporter import config, logs, report
 from exporter.collectors import COLLECTORS
+from exporter.kubernetes import AccessError, check_access
 from exporter.server import Scraper, application
 from exporter.web import Listener, WebConfigError
 
@@ -42,6 +44,12 @@ async def _serve(settings: config.Config) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _say_nothing_to_reload)
+    if "rollouts" in settings.collectors:
+        try:
+            check_access(settings.kubeconfig, os.environ)
+        except AccessError as error:
+            log.error("rollouts can't be seen until this is mended", why=str(error))
     collectors = {name: COLLECTORS[name](settings) for name in settings.collectors}
     app = application(Scraper(collectors), settings.collectors)
     listener = Listener(app, settings.listen, settings.web_config_file)
@@ -64,6 +72,13 @@ async def _serve(settings: config.Config) -> int:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(listener.aclose(), 10)
     return 0
+
+
+def _say_nothing_to_reload() -> None:
+    """SIGHUP, which makes other daemons reload, would end this one by default."""
+    logs.get_logger("exporter").info(
+        "nothing to reload: the web configuration is read as it changes"
+    )
 
 
 if __name__ == "__main__":

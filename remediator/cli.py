@@ -8,10 +8,12 @@ import getpass
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import msgspec
 
+from exporter.kubernetes import AccessError, check_access
 from exporter.logs import inert
 from remediator.config import ConfigError
 from remediator.daemon import load_config, make_fixes
@@ -25,6 +27,10 @@ from remediator.model import Phase, Remediation, Target, TargetError, target_fro
 
 RESTORES = "rotate-certificates"
 """The fix whose backups `restore` puts back."""
+
+
+_UNKNOWN = ("Locked", "CheckFailed")
+"""Refusals that leave open whether anything needs doing: no success for a script."""
 
 
 class CommandError(Exception):
@@ -55,6 +61,10 @@ def _check_config(flags: Flags, fixes: Mapping[str, Entry]) -> int:
         raise CommandError("no file to check; name it by --config.file")
     loaded, settings = load_config(flags, fixes)
     make_fixes(flags, settings, fixes)
+    try:
+        check_access(flags.kubeconfig, os.environ)
+    except AccessError as error:
+        raise CommandError(str(error)) from None
     modes = ", ".join(f"{name}: {policy.mode}" for name, policy in loaded.fixes.items())
     print(f"{flags.config_file}: good ({modes})")
     return 0
@@ -145,7 +155,7 @@ async def _pause_or_resume(
 async def _run(given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entry]) -> int:
     if given.fix not in fixes:
         raise CommandError(f"no such fix: {given.fix}; known: {', '.join(sorted(fixes))}")
-    loaded, settings = load_config(flags, fixes)
+    loaded, settings = load_config(flags, fixes, only=given.fix)
     fix = make_fixes(flags, settings, {given.fix: fixes[given.fix]})[given.fix]
     looking = fix
     if given.force:
@@ -171,11 +181,11 @@ async def _run(given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entr
     finally:
         await journal.aclose()
     _print_end(given, found)
-    return 1 if found is not None and found.phase is Phase.FAILED else 0
+    return 1 if found and (found.phase is Phase.FAILED or found.reason in _UNKNOWN) else 0
 
 
 async def _restore(given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entry]) -> int:
-    loaded, settings = load_config(flags, fixes)
+    loaded, settings = load_config(flags, fixes, only=RESTORES)
     fix = make_fixes(flags, settings, {RESTORES: fixes[RESTORES]})[RESTORES]
     if not isinstance(fix, Restorable):
         raise CommandError(f"{RESTORES} keeps no backups")
@@ -201,7 +211,7 @@ def _list_backups(given: argparse.Namespace, fix: Restorable) -> int:
     if not found:
         print("there are no backups yet")
         return 0
-    rows = [(b.name, _time(b.created), f"{b.size / 1e6:.1f} MB", b.node, b.holds) for b in found]
+    rows = [(b.name, _time(b.created), f"{b.size / 1e3:.0f} kB", b.node, b.holds) for b in found]
     _print_table(("BACKUP", "MADE (UTC)", "SIZE", "NODE", "HOLDS"), rows)
     return 0
 
@@ -223,10 +233,11 @@ async def _finish_left(given: argparse.Namespace, hands: Hands, target: Target) 
 
 
 def _print_end(given: argparse.Namespace, found: Remediation | None) -> None:
-    if given.output == "json":
-        _print_json(found)
-    elif found is not None:
-        print(inert(_outcome(found)))
+    with suppress(OSError):  # the terminal may be gone; the journal has it
+        if given.output == "json":
+            _print_json(found)
+        elif found is not None:
+            print(inert(_outcome(found)), flush=True)
 
 
 def _outcome(found: Remediation) -> str:

@@ -6,7 +6,7 @@ guardrail that was misspelt is a guardrail that isn't there.
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -160,11 +160,12 @@ def hook(type_: type, value: Any) -> Any:
 
 
 def parse(
-    source: Source, fixes: Mapping[str, type[msgspec.Struct]]
+    source: Source, fixes: Mapping[str, type[msgspec.Struct]], without_api: Collection[str] = ()
 ) -> tuple[Config, dict[str, Any]]:
     """The configuration and each fix's own settings; `ConfigError` with the line.
 
-    fixes: the settings struct of each known fix.
+    fixes: the settings struct of each known fix. without_api: those that would need access to an
+    API server and have none; they are off, and may not be asked for.
     """
     if not isinstance(source.value, dict):
         raise source.error("$", "options are wanted, `fixes:` and the like")
@@ -180,8 +181,18 @@ def parse(
         if given is not None and not isinstance(given, dict):
             raise source.error(path, "options are wanted, `mode:` and the like")
         default = DEFAULTS.get(name, FixPolicy())
+        if name in without_api:
+            default = msgspec.structs.replace(default, mode=Mode.OFF)
         merged = {**_given(default), **(given or {})}
+        if merged["mode"] is False:
+            merged["mode"] = Mode.OFF  # as YAML reads a bare `off`
         policies[name] = source.convert(merged, FixPolicy, path, hook)
+        if name in without_api and policies[name].mode is not Mode.OFF:
+            raise source.error(
+                f"{path}.mode",
+                f"{name} acts through the API server, and no access to one is known: give "
+                "--kubeconfig FILE (or set KUBECONFIG), or leave the mode out, which is off then",
+            )
         settings[name] = source.convert(policies[name].settings, struct, f"{path}.settings", hook)
     for index, matcher in enumerate(file.matchers):
         if matcher.fix not in fixes:
@@ -203,11 +214,13 @@ def _given(policy: FixPolicy) -> dict[str, Any]:
 
 
 def load(
-    path: Path | None, fixes: Mapping[str, type[msgspec.Struct]]
+    path: Path | None,
+    fixes: Mapping[str, type[msgspec.Struct]],
+    without_api: Collection[str] = (),
 ) -> tuple[Config, dict[str, Any]]:
-    """Read the file; without one, the defaults."""
+    """Read the file, see `parse`; without one, the defaults."""
     source = Source("", "defaults") if path is None else read_source(path)
-    return parse(source, fixes)
+    return parse(source, fixes, without_api)
 
 
 def listed(patterns: tuple[str, ...], name: str) -> str:

@@ -1,6 +1,7 @@
 """`upkeep-remediator serve`: puts the parts together, and takes them down in order."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -10,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from exporter.kubernetes import AccessError, check_access, has_access
 from exporter.logs import get_logger
 from exporter.web import Listener, WebConfigError, loopback
 from remediator import config
@@ -20,9 +20,10 @@ from remediator.config import Config, ConfigError, Mode
 from remediator.fixes import FIXES, Edges, Entry, settings_types
 from remediator.flags import Flags
 from remediator.host import HostClock, own_claim
+from remediator.journal import JournalError
 from remediator.journal.sqlite import SqliteJournal
 from remediator.metrics import Metrics
-from remediator.model import Fix
+from remediator.model import Fix, Phase
 from remediator.scheduler import Scheduler
 from remediator.server import Api
 from remediator.worker import Worker
@@ -34,14 +35,19 @@ log = get_logger("remediator")
 _SWITCH = 0.0005
 
 
-def load_config(flags: Flags, fixes: Mapping[str, Entry]) -> tuple[Config, dict[str, Any]]:
-    """The configuration, with `unstick-rollout` and the like off where no API server is known."""
-    loaded, settings = config.load(flags.config_file, settings_types(fixes))
-    policies = dict(loaded.fixes)
-    for name, entry in fixes.items():
-        if not entry.on_node and flags.kubeconfig is None and policies[name].mode is Mode.ENFORCE:
-            policies[name] = msgspec.structs.replace(policies[name], mode=Mode.OFF)
-    return msgspec.structs.replace(loaded, fixes=policies), settings
+def load_config(
+    flags: Flags, fixes: Mapping[str, Entry], only: str = ""
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration, with `unstick-rollout` off by default where no API server is known.
+
+    only: the one fix that is wanted; that another can't do what it's told is no matter then.
+    """
+    lacking: set[str] = set()
+    if not has_access(flags.kubeconfig, os.environ):
+        lacking = {name for name, entry in fixes.items() if not entry.on_node}
+    if only:
+        lacking &= {only}
+    return config.load(flags.config_file, settings_types(fixes), lacking)
 
 
 def make_fixes(
@@ -161,6 +167,7 @@ class Daemon:
             signal.SIGHUP, lambda: reloads.add(asyncio.create_task(self.reload()))
         )
         host, port = self._flags.listen
+        await self._refuse_bad_access()
         try:
             self.listener.load()
             self._refuse_openness(host)
@@ -192,6 +199,22 @@ class Daemon:
             # Past every handler, like SIGKILL: cancelling them would make them undo in haste.
             os._exit(0)
         return 0
+
+    async def _refuse_bad_access(self) -> None:
+        """`ConfigError` where the kubeconfig can't be read, unless there is work to be finished:
+        a rotation that was killed half-way may have left that very file broken.
+        """
+        try:
+            check_access(self._flags.kubeconfig, os.environ)
+        except AccessError as error:
+            with contextlib.suppress(JournalError):
+                if await self._journal.find(phase=Phase.RUNNING, limit=1):
+                    log.error(
+                        "starts all the same: what was begun has to be finished", why=str(error)
+                    )
+                    return
+            await self._journal.aclose()
+            raise ConfigError(str(error)) from None
 
     def _refuse_openness(self, host: str) -> None:
         allowed = self._config.webhook.allow_unauthenticated

@@ -108,7 +108,7 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
     pause.add_argument("--why", default="by hand", help="said with every refusal")
     resume = command("resume", "let a fix, or every fix, act again")
     resume.add_argument("fix", metavar="FIX", nargs="?", default="")
-    command("check-config", "read the configuration and say what is wrong with it")
+    _kubeconfig(command("check-config", "read the configuration and say what is wrong with it"))
     return root
 
 
@@ -132,7 +132,7 @@ def _acting(parser: FlagParser) -> None:
         help="this node's name in the cluster",
     )
     parser.flag("cluster", default="", metavar="NAME", help="only alerts of this cluster are ours")
-    parser.flag("kubeconfig", parse=Path, metavar="FILE", help="how to reach the API server")
+    _kubeconfig(parser)
     for name, default, what in (
         ("rootfs", "/", "the root file system of the host"),
         ("procfs", "/proc", "the proc file system of the host"),
@@ -140,6 +140,15 @@ def _acting(parser: FlagParser) -> None:
         ("locks", str(DEFAULT_LOCKS), "the host's folder of lock files"),
     ):
         parser.flag(f"path.{name}", default=Path(default), parse=Path, metavar="DIR", help=what)
+
+
+def _kubeconfig(parser: FlagParser) -> None:
+    parser.flag(
+        "kubeconfig",
+        parse=Path,
+        metavar="FILE",
+        help="API access; default: the pod's own service account, else $KUBECONFIG",
+    )
 
 
 def _output(parser: FlagParser) -> None:

@@ -11,7 +11,7 @@ from exporter.checks.rollouts import Stuck, examine
 from exporter.checks.view import ClusterView
 from exporter.collectors import PartlyKnownError
 from exporter.config import Config
-from exporter.kubernetes import client, find_kubeconfig, in_cluster
+from exporter.kubernetes import client, has_access
 from exporter.kubernetes.cache import TOO_OLD, WATCH_SECONDS, Cache
 from exporter.kubernetes.watched import watched
 from exporter.logs import get_logger
@@ -49,7 +49,7 @@ class RolloutsCollector:
         self._too_old = too_old
         self._said: dict[str, str] = {}
         self._cache: Cache | None = None
-        if find_kubeconfig(config.kubeconfig, environ) is None and not in_cluster(environ):
+        if not has_access(config.kubeconfig, environ):
             log.info("no kubeconfig: rollouts are not looked at on this node")
             return
         view = ClusterView()

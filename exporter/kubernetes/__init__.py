@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from exporter.kubernetes.access import AccessError, find_kubeconfig, in_cluster, load_access
+from exporter.kubernetes.access import AccessError, check_access, has_access, load_access
 from exporter.kubernetes.client import ApiError, Client
 
 
@@ -14,4 +14,4 @@ def client(kubeconfig: Path | None, environ: Mapping[str, str] = os.environ) -> 
     return Client(partial(load_access, kubeconfig, environ))
 
 
-__all__ = ["AccessError", "ApiError", "Client", "client", "find_kubeconfig", "in_cluster"]
+__all__ = ["AccessError", "ApiError", "Client", "check_access", "client", "has_access"]

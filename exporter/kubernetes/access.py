@@ -60,11 +60,25 @@ def in_cluster(environ: Mapping[str, str]) -> bool:
     return bool(environ.get("KUBERNETES_SERVICE_HOST")) and (SERVICE_ACCOUNT / "token").exists()
 
 
+def has_access(kubeconfig: Path | None, environ: Mapping[str, str]) -> bool:
+    """Whether any access is configured, good or not."""
+    return find_kubeconfig(kubeconfig, environ) is not None or in_cluster(environ)
+
+
+def check_access(kubeconfig: Path | None, environ: Mapping[str, str]) -> None:
+    """`AccessError` where a configured access can't be read; asks no server and no plug-in."""
+    found = find_kubeconfig(kubeconfig, environ)
+    if found is not None:
+        _from_kubeconfig(found)
+    elif in_cluster(environ):
+        _from_service_account(environ)
+
+
 async def load_access(kubeconfig: Path | None, environ: Mapping[str, str]) -> Access:
     """Read the access anew; `AccessError` where it can't be used."""
     found = find_kubeconfig(kubeconfig, environ)
     if found is not None:
-        return await _from_kubeconfig(found)
+        return _from_kubeconfig(found) or await _from_plugin(found)
     if in_cluster(environ):
         return _from_service_account(environ)
     raise AccessError("no access to a Kubernetes API: give --kubeconfig FILE or set KUBECONFIG")
@@ -83,7 +97,8 @@ def _from_service_account(environ: Mapping[str, str]) -> Access:
     )
 
 
-async def _from_kubeconfig(path: Path) -> Access:
+def _from_kubeconfig(path: Path) -> Access | None:
+    """None where a credential plug-in has to be asked."""
     origin = f"kubeconfig {path}"
     try:
         config = yaml.safe_load(_read(path, origin))
@@ -100,7 +115,7 @@ async def _from_kubeconfig(path: Path) -> Access:
     if not server.startswith(("https://", "http://")):
         raise AccessError(f"{origin} has no server URL in its current cluster; add `server:`")
     if user.get("exec") or user.get("auth-provider"):
-        return await _from_plugin(path, origin)
+        return None
     tls = None
     if server.startswith("https://"):
         tls = _tls(
@@ -119,8 +134,9 @@ async def _from_kubeconfig(path: Path) -> Access:
     )
 
 
-async def _from_plugin(path: Path, origin: str) -> Access:
+async def _from_plugin(path: Path) -> Access:
     """Credentials that a program or an identity provider hands out: kubernetes_asyncio's part."""
+    origin = f"kubeconfig {path}"
     from kubernetes_asyncio import config
     from kubernetes_asyncio.client import Configuration
 

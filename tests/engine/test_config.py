@@ -43,6 +43,11 @@ def test_options_are_read() -> None:
     assert found.matchers[0].matches({"alertname": "HostZombies"})
 
 
+def test_off_needs_no_quotes() -> None:
+    """YAML reads it as false."""
+    assert parse("fixes: {reap-zombies: {mode: off}}").fixes["reap-zombies"].mode is Mode.OFF
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
