@@ -76,7 +76,7 @@ def names(database: Path) -> list[str]:
     return sorted(found.name for found in read_members(database, pause=lambda _: None))
 
 
-def test_c13_a_member_that_was_alone_is_so_no_more_once_another_was_added(tmp_path: Path) -> None:
+def test_c26_a_member_that_was_alone_is_so_no_more_once_another_was_added(tmp_path: Path) -> None:
     with member(tmp_path) as etcd:
         assert names(etcd.database) == etcd.listed() == ["first"]
         for number in range(60):  # enough for branches, and for pages that are used again
@@ -94,7 +94,7 @@ def test_c13_a_member_that_was_alone_is_so_no_more_once_another_was_added(tmp_pa
     assert read_members(etcd.database)[0].peer_urls
 
 
-def test_c13_a_list_that_is_not_whole_proves_nothing(tmp_path: Path, seed: int) -> None:
+def test_c26_a_list_that_is_not_whole_proves_nothing(tmp_path: Path, seed: int) -> None:
     with member(tmp_path) as etcd:
         for number in range(3):
             etcd.ctl(

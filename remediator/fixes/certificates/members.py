@@ -52,13 +52,13 @@ class StoredMember(msgspec.Struct, frozen=True, rename={"peer_urls": "peerURLs"}
 
 
 def stored_members(root: Root) -> list[StoredMember]:
-    """What the stacked etcd of this node knows, whether it runs or not. MembersError.
+    """What the etcd of this node knows, whether it runs or not. MembersError.
 
-    An etcd of the host's own says nothing of how many control planes use it.
+    Members of a stacked etcd are control planes; one on the host says nothing of how many use it.
     """
     flags = manifest_flags(root, "etcd") or etcd_environment(root)
     if not flags and not root.exists(ETCD_STASH):
-        raise MembersError("this node has no stacked etcd")
+        raise MembersError("this node has no etcd of its own")
     directory = flags.get("data-dir", "/var/lib/etcd")
     return read_members(Path(root.resolve(f"{directory}/{_DATABASE}")))
 

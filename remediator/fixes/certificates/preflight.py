@@ -157,7 +157,7 @@ class Preflight:
         except MembersError as error:
             known = str(error)
         else:
-            if mode == "single" and len(members) == 1:
+            if mode == "single" and layout.etcd == "stacked" and len(members) == 1:
                 return
             known = f"etcd's members are {', '.join(m.name or 'one not started' for m in members)}"
         raise RefusedError(
