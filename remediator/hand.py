@@ -5,10 +5,13 @@ asks for is held by all of them, as what an alert asks for is. Either finishes f
 process began: there may be no daemon to do it.
 """
 
+import asyncio
 import secrets
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from remediator.config import Config
 from remediator.flags import Flags
@@ -20,6 +23,7 @@ from remediator.worker import Worker
 if TYPE_CHECKING:  # its module loads what the other fixes never need
     from remediator.fixes.certificates.restore import Listed
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 _MOST_LEFT = 1000  # remediations that are looked through for what a dead process began
 
 
@@ -57,16 +61,21 @@ class LiveJournal(SqliteJournal):
 
     def __init__(self, path: Path, clock: HostClock, say: Callable[[str], None]) -> None:
         super().__init__(path, clock)
-        self._say = say
+        self._out = say
+
+    def say(self, line: str) -> None:
+        """Tell people; that nobody is there any more is no reason to stop."""
+        with suppress(OSError):
+            self._out(line)
 
     async def record_step(self, remediation_id: str, claim: Claim, index: int, step: Step) -> None:
         await super().record_step(remediation_id, claim, index, step)
         if step.ended_at is None:
-            self._say(f"{step.started_at:%H:%M:%S}  {step.name}: {step.message}")
+            self.say(f"{step.started_at:%H:%M:%S}  {step.name}: {step.message}")
         else:
             how = "ok" if step.ok else "failed"
             result = f": {step.result}" if step.result else ""
-            self._say(f"{step.ended_at:%H:%M:%S}    {how} after {step.seconds:.1f} s{result}")
+            self.say(f"{step.ended_at:%H:%M:%S}    {how} after {step.seconds:.1f} s{result}")
 
 
 class _Ended:
@@ -82,7 +91,7 @@ class _Ended:
 class Hands:
     """Carries out one fix in this process."""
 
-    def __init__(self, flags: Flags, config: Config, fix: Fix, journal: SqliteJournal) -> None:
+    def __init__(self, flags: Flags, config: Config, fix: Fix, journal: LiveJournal) -> None:
         """fix: as the daemon knows it; what a dead process began is finished with it."""
         self._fix = fix
         self._journal = journal
@@ -100,6 +109,31 @@ class Hands:
             dry_run=flags.dry_run,
         )
 
+    async def _steadily(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do it to its end. A terminal that is lost changes nothing; the first signal to stop makes
+        the fix undo what it began, and that is waited for."""
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(work)
+
+        def stop() -> None:
+            if task.cancelling():
+                self._journal.say("it's being undone already; that ends by itself")
+            else:
+                self._journal.say("stopping: what was begun is undone first")
+                task.cancel()
+
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        for number in _STOPS:
+            loop.add_signal_handler(number, stop)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise
+        finally:
+            for number in (signal.SIGHUP, *_STOPS):
+                loop.remove_signal_handler(number)
+
     async def finish_left(self, target: Target) -> list[Remediation]:
         """Finish or undo what dead processes began on the target; how each ended."""
         done = []
@@ -107,7 +141,7 @@ class Hands:
             if left.target != target or left.claim is None:
                 continue
             if not owner_alive(left.claim, self._clock.boot_id):
-                await self._worker.handle(left)
+                await self._steadily(self._worker.handle(left))
                 done.append(await self._now(left))
         return done
 
@@ -116,7 +150,7 @@ class Hands:
         self._worker.fixes = {self._fix.name: fix or self._fix}
         name = f"hand-{secrets.token_hex(6)}"
         begun = await self._journal.begin(self._fix.name, target, name, by, self._claim)
-        await self._worker.execute(begun)
+        await self._steadily(self._worker.execute(begun))
         return await self._now(begun)
 
     async def ask(self, target: Target) -> Remediation | None:
@@ -132,7 +166,7 @@ class Hands:
         await self._journal.accept([request], f"timer-{secrets.token_hex(6)}")
         for due in await self._journal.due(self._fix.name, _MOST_LEFT):
             if due.target == target:
-                await self._worker.handle(due)
+                await self._steadily(self._worker.handle(due))
                 return await self._now(due)
         found = await self._journal.find(fix=self._fix.name, target=target.key, limit=1)
         return found[0] if found else None

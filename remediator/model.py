@@ -15,6 +15,10 @@ from typing import Any, Protocol
 
 import msgspec
 
+from exporter.logs import get_logger
+
+log = get_logger("remediator.steps")
+
 
 class Phase(StrEnum):
     """Where a remediation stands. Terminal phases never change."""
@@ -40,7 +44,7 @@ class TargetError(ValueError):
     """The labels don't locate a target; the sentence names the label and the remedy."""
 
 
-class Target(msgspec.Struct, frozen=True, order=True, kw_only=True):
+class Target(msgspec.Struct, frozen=True, order=True, kw_only=True, cache_hash=True):
     """What one fix acts on. Unused parts are empty; `key` is its one canonical spelling."""
 
     node: str = ""
@@ -86,7 +90,7 @@ def _target(names: tuple[str, ...], values: tuple[str, ...]) -> Target:
     return Target(**found)
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
+class Request(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """One alert that asks for one fix on one target, as the webhook understood it."""
 
     fix: str
@@ -239,6 +243,19 @@ class Steps:
         self.earlier = tuple(earlier)
         """Steps of a previous owner that died while it ran, oldest first."""
         self._count = len(self.earlier)
+
+    def unfailing(self) -> "Steps":
+        """The same log for a way back, which is gone to its end whether it's recorded or not."""
+
+        async def record(index: int, step: Step) -> None:
+            try:
+                await self._record(index, step)
+            except Exception:
+                log.exception("a step can't be recorded", step=step.name, ok=step.ok)
+
+        same = Steps(record, self._now, self.earlier)
+        same._count = self._count
+        return same
 
     @asynccontextmanager
     async def step(self, name: str, message: str, **data: Any) -> AsyncIterator[StepHandle]:

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from exporter import logs
-from remediator.config import load
+from remediator.config import hook, load
 from remediator.fixes import settings_types
 from remediator.fixes.certificates import RotateCertificates, Settings, commands
 from remediator.flags import read
@@ -107,7 +107,7 @@ async def drive(folder: Path, options: dict[str, Any]) -> Remediation | None:
     config, _ = load(None, settings_types())
     _, flags = read(["serve", f"--journal={folder}/journal.db", f"--node-name={node}"], {})
     fix = RotateCertificates(
-        msgspec.convert(options.get("settings", {}), Settings),
+        msgspec.convert(options.get("settings", {}), Settings, dec_hook=hook),
         node_name=node,
         run=SABOTAGES[options.get("sabotage", "")],
     )

@@ -8,8 +8,12 @@ anew has no back-off left for the components that are restarted.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +23,7 @@ from exporter.checks.certificates import CertificateReader, Root
 from exporter.checks.certificates.components import find_processes, served_files
 from remediator.fixes.certificates.lease import NAME
 from remediator.fixes.certificates.restore import PUT_BACK
-from tests.cluster.certificates import served_certificate
+from tests.cluster.certificates import component_pid, served_certificate
 from tests.cluster.kubeadm import COMPONENTS, KubeadmCluster
 from tests.cluster.pki import LEAVES, read_certificates, set_remaining
 
@@ -34,7 +38,8 @@ def drive(
     folder.mkdir(exist_ok=True)
     command: list[str | Path] = [PYTHON, "-m", "tests.certificates.driver", folder]
     command.append(json.dumps(options))
-    done = cluster.nodes[0].run(command, check=False, timeout=timeout)
+    with _no_lingering(cluster):
+        done = cluster.nodes[0].run(command, check=False, timeout=timeout)
     for line in done.stderr.splitlines():
         if "event=step" not in line and 'event="step' not in line:  # said in plain words as well
             print(line)
@@ -43,6 +48,31 @@ def drive(
     answer: dict[str, Any] = json.loads(done.stdout)
     print(answer["phase"], answer["reason"], answer["message"])
     return answer
+
+
+@contextmanager
+def _no_lingering(cluster: KubeadmCluster) -> Iterator[None]:
+    """End an API server that listens no more and only waits, a minute long, for open watches."""
+    address = cluster.server.removeprefix("https://").rpartition(":")[0]
+    stop = threading.Event()
+
+    def watch() -> None:
+        served: set[int] = set()
+        while not stop.wait(1):
+            pid = component_pid(cluster.nodes[0], "kube-apiserver")
+            if served_certificate(address, 6443) is not None:
+                served.add(pid or 0)
+            elif pid in served and pid == component_pid(cluster.nodes[0], "kube-apiserver"):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def exporter_check(cluster: KubeadmCluster) -> dict[str, Any]:

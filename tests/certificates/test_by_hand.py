@@ -96,7 +96,7 @@ def test_a_timer_is_held_by_what_holds_an_alert(make_pki: MakePki, tmp_path: Pat
     assert "leave one out" in errors
 
 
-def test_c23_a_kubeadm_that_outlives_its_remediator_is_waited_for(
+def test_c28_a_kubeadm_that_outlives_its_remediator_is_waited_for(
     make_pki: MakePki, tmp_path: Path
 ) -> None:
     pki = make_pki(timedelta(days=3))

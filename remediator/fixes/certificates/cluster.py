@@ -12,6 +12,7 @@ from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.plan import RefusedError
 
 _ROLES = ("node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master")
+OPT_OUT = "upkeep.dev/remediation"
 _CONFIGURATION = "/api/v1/namespaces/kube-system/configmaps/kubeadm-config"
 
 
@@ -30,6 +31,21 @@ async def refuse_unready_peers(api: ApiServer, node: str) -> None:
             "PeerNotReady",
             f"control plane nodes not Ready: {', '.join(unready)}; mend them first",
         )
+
+
+async def opted_out(api: ApiServer, node: str) -> str:
+    """Which annotation forbids acting on the node, as a sentence; empty where none does.
+
+    Without an API server only the configuration's own list counts, which the worker has read.
+    """
+    try:
+        found = await api.get(f"/api/v1/nodes/{node}")
+    except (ApiError, AccessError):
+        return ""
+    annotations = ((found or {}).get("metadata") or {}).get("annotations") or {}
+    if annotations.get(OPT_OUT) != "disabled":
+        return ""
+    return f"the annotation {OPT_OUT}: disabled on node {node} forbids it"
 
 
 def _is_ready(node: dict[str, Any]) -> bool:

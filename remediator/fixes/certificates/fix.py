@@ -14,6 +14,7 @@ from exporter.checks.certificates import DAY, Certificate, Root, is_due
 from exporter.logs import get_logger
 from remediator.fixes.certificates import commands
 from remediator.fixes.certificates.apiserver import ApiServer
+from remediator.fixes.certificates.cluster import opted_out
 from remediator.fixes.certificates.kubeadm import Kubeadm
 from remediator.fixes.certificates.layout import Layout, Pair, read_layout
 from remediator.fixes.certificates.lease import RotationLease
@@ -74,6 +75,7 @@ class RotateCertificates:
         self._clock = clock
         self.deadline = settings.deadline
         self._procfs = procfs
+        self._api = ApiServer(self._root)
         kubeadm = Kubeadm(self._root, run, path=settings.kubeadm, timeout=settings.kubeadm_timeout)
         self._preflight = Preflight(
             settings, root=self._root, kubeadm=kubeadm, clock=clock, node_name=node_name
@@ -92,7 +94,8 @@ class RotateCertificates:
             uptake=Uptake(
                 settings, root=self._root, procfs=procfs, clock=clock, node_name=node_name
             ),
-            lease=RotationLease(ApiServer(self._root), node_name, settings.deadline, clock),
+            api=self._api,
+            lease=RotationLease(self._api, node_name, settings.deadline, clock),
             clock=clock,
             node_name=node_name,
         )
@@ -115,6 +118,9 @@ class RotateCertificates:
             plan = await self._preflight.plan(layout, due, by_person=forced)
         except RefusedError as refused:
             return Condition(broken=False, reason=refused.reason, message=str(refused))
+        forbidden = ""
+        if plan.has_cluster and not plan.recovery:
+            forbidden = await opted_out(self._api, self._node)
         first = min(due, key=lambda pair: pair.certificate.not_after)
         message = (
             f"{len(due)} of {len(layout.pairs)} certificates are due; {first.name} "
@@ -126,6 +132,7 @@ class RotateCertificates:
             message=message,
             identities=frozenset(f"{p.name}:{p.certificate.serial}" for p in due),
             plan=self._rotation.describe(plan),
+            opted_out=forbidden,
             detail=plan,
         )
 

@@ -1,7 +1,9 @@
 """Whether a renewal came out whole, and putting back what did not."""
 
 import asyncio
+import contextlib
 import os
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +12,10 @@ from typing import Any
 from exporter.checks.certificates import Root
 from exporter.checks.certificates.layouts import PKI_DIRECTORIES
 from exporter.checks.certificates.parsing import parse
+from exporter.checks.cgroups import parse_membership
 from remediator.fixes.certificates.backup import Backup, BackupError, put_back, read_files
 from remediator.fixes.certificates.layout import Layout, PairError, check_pair, read_layout
+from remediator.host import start_time
 from remediator.model import CheckError, FixError, Steps
 
 ROLL_BACK = "roll back"
@@ -56,31 +60,43 @@ def is_whole(root: Root, layout: Layout, old: Mapping[str, str], now: float) -> 
 
 
 async def await_kubeadm(procfs: Path, timeout: float) -> None:  # noqa: ASYNC109
-    """Wait for the end of a `kubeadm certs renew` that outlived its remediator. FixError.
+    """Wait for the end of a `kubeadm certs renew` that outlived its remediator, or end it.
 
     Until then the files are its own: what it would still write must not be taken for the result.
+    timeout: seconds after which its remediator would have ended it.
     """
     ends = time.monotonic() + timeout
-    while (pid := await asyncio.to_thread(_renewing, procfs)) is not None:
+    while (found := await asyncio.to_thread(_renewing, procfs)) is not None:
+        pid, started = found
         if time.monotonic() > ends:
-            raise FixError(
-                "RollbackFailed",
-                f"kubeadm (pid {pid}) of the interrupted rotation has not ended within "
-                f"{timeout:g} s; end it, then look at the last backup",
-            )
+            with contextlib.suppress(ProcessLookupError):
+                process = os.pidfd_open(pid)
+                try:
+                    if start_time(pid, procfs) == started:  # held by now, it can't be another
+                        signal.pidfd_send_signal(process, signal.SIGKILL)
+                finally:
+                    os.close(process)
         await asyncio.sleep(0.2)
 
 
-def _renewing(procfs: Path) -> int | None:
+def _renewing(procfs: Path) -> tuple[int, int] | None:
+    """Pid and start time of the host's own kubeadm. A tenant may call a process anything, but it is
+    in a container."""
     for entry in os.scandir(procfs):
         if not entry.name.isdigit():
             continue
         try:
-            words = (Path(entry.path) / "cmdline").read_bytes().split(b"\0")
+            words = Path(entry.path, "cmdline").read_bytes().split(b"\0")
+            if b"renew" not in words or not any(w.rsplit(b"/")[-1] == b"kubeadm" for w in words):
+                continue
+            contained = parse_membership(Path(entry.path, "cgroup").read_bytes()).container
+            if contained is not None or Path(entry.path).stat().st_uid != 0:
+                continue
+            started = start_time(int(entry.name), procfs)
         except OSError:
             continue
-        if b"renew" in words and any(word.rsplit(b"/", 1)[-1] == b"kubeadm" for word in words):
-            return int(entry.name)
+        if started is not None:
+            return int(entry.name), started
     return None
 
 

@@ -16,6 +16,7 @@ from exporter.checks.certificates import Root
 from exporter.checks.certificates.parsing import parse
 from exporter.kubernetes.access import AccessError
 from exporter.kubernetes.client import ApiError
+from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.backup import (
     ARCHIVE,
     INDEX,
@@ -24,15 +25,17 @@ from remediator.fixes.certificates.backup import (
     BackupWriter,
     Index,
     load,
+    put_back,
     read_files,
 )
+from remediator.fixes.certificates.cluster import opted_out
+from remediator.fixes.certificates.host_etcd import restorable_files
 from remediator.fixes.certificates.layout import PairError, check_pair, read_layout
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import RefusedError, components_here
 from remediator.fixes.certificates.renewal import expired_in, roll_back
-from remediator.fixes.certificates.restart import RestartError
 from remediator.fixes.certificates.settings import Settings
-from remediator.fixes.certificates.uptake import NotServedError, Uptake
+from remediator.fixes.certificates.uptake import Uptake
 from remediator.model import (
     CheckError,
     Condition,
@@ -80,6 +83,7 @@ class Restore:
         *,
         root: Root,
         uptake: Uptake,
+        api: ApiServer,
         lease: RotationLease,
         clock: Callable[[], float],
         node_name: str,
@@ -87,6 +91,7 @@ class Restore:
         self._settings = settings
         self._root = root
         self._uptake = uptake
+        self._api = api
         self._lease = lease
         self._clock = clock
         self._node = node_name
@@ -112,6 +117,7 @@ class Restore:
             if plan.expired
             else message,
             plan=self._describe(plan),
+            opted_out=await opted_out(self._api, self._node) if plan.locked else "",
             detail=plan,
         )
 
@@ -255,31 +261,42 @@ class Restore:
         """Files, restarts, verification: each may be done twice. FixError."""
         name = plan.backup.directory.name
         data = {"directory": str(plan.backup.directory), "kept": kept, "locked": plan.locked}
-        layout = await roll_back(self._root, plan.backup, steps, name=PUT_BACK, **data)
-        if plan.expired:
-            return Outcome(
-                phase=Phase.SUCCEEDED,
-                reason="Restored",
-                message=f"the files of {name} are back; they have expired, so nothing was "
-                "restarted: upkeep-remediator run rotate-certificates --force",
-            )
-        components = components_here(self._root)
         try:
+            layout = await roll_back(self._root, plan.backup, steps, name=PUT_BACK, **data)
+            if layout.etcd == "host":
+                await self._put_back_etcd(plan.backup, steps)
+            if plan.expired:
+                return Outcome(
+                    phase=Phase.SUCCEEDED,
+                    reason="Restored",
+                    message=f"the files of {name} are back; they have expired, so nothing was "
+                    "restarted: upkeep-remediator run rotate-certificates --force",
+                )
+            components = components_here(self._root)
             await self._uptake.restart(components, layout, steps, quorum=plan.locked)
             if "kube-apiserver" in components and self._settings.restart != "none":
                 await self._uptake.verify(components, layout, steps)
-        except (RestartError, NotServedError, OSError) as error:
+        except Exception as error:
             raise FixError(
                 "RestoreFailed",
-                f"the files of {name} are back, but {error}; what was there before: "
+                f"{name} was being put back, but {error}; what was there before: "
                 f"upkeep-remediator restore {kept}",
-            ) from None
+            ) from error
         return Outcome(
             phase=Phase.SUCCEEDED,
             reason="Restored",
             message=f"the certificates of {name} are back and in use; what was there before is "
             f"{kept}",
         )
+
+    async def _put_back_etcd(self, backup: Backup, steps: Steps) -> None:
+        """Kubespray's certificates for etcd, which are not kubeadm's. BackupError."""
+        async with steps.step("put back etcd", "put back the files of etcd on the host") as step:
+            paths = await asyncio.to_thread(restorable_files, self._root, backup, self._clock())
+            changed = await asyncio.to_thread(put_back, self._root, backup, paths)
+            step.result = f"{len(changed)} files put back"
+            if not paths:
+                step.result = "left alone: none there, of another CA than etcd's now, or expired"
 
     async def verify(self, condition: Condition) -> Condition:
         """Broken while a serial on disk is another than the backup's. CheckError."""
@@ -362,7 +379,9 @@ def _listed(path: Path) -> Listed:
     except (OSError, msgspec.MsgspecError):
         why = "not finished: a run that died, or one under way"
         return Listed(name=path.name, created=None, size=size, node="", holds=why)
-    holds = [f"{len(index.files)} files", f"{len(index.serials)} certificates"]
+    holds = [f"{len(index.files)} files"]
+    if index.serials:
+        holds.append(f"{len(index.serials)} certificates")
     for kind, words in (("snapshot", "etcd snapshot"), ("data", "etcd data")):
         if kind in index.etcd:
             holds.append(words)

@@ -29,7 +29,7 @@ from remediator.fixes.certificates.backup import (
 )
 from remediator.fixes.certificates.copies import renew_copy
 from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access
-from remediator.fixes.certificates.kubeadm import Kubeadm, KubeadmError
+from remediator.fixes.certificates.kubeadm import Kubeadm
 from remediator.fixes.certificates.layout import Layout
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import (
@@ -40,7 +40,6 @@ from remediator.fixes.certificates.plan import (
 )
 from remediator.fixes.certificates.renewal import (
     ROLL_BACK,
-    RenewalError,
     check_renewed,
     is_whole,
     roll_back,
@@ -48,7 +47,7 @@ from remediator.fixes.certificates.renewal import (
 from remediator.fixes.certificates.restart import RestartError
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import NotServedError, Uptake
-from remediator.model import CheckError, FixError, Outcome, Phase, Step, Steps
+from remediator.model import FixError, Outcome, Phase, Step, Steps
 
 INTERRUPTED = "Interrupted"
 
@@ -200,14 +199,9 @@ class Rotation:
         try:
             await self._renew(plan, backup, begun, steps)
             return await self._use(plan, steps)
-        except (
-            KubeadmError,
-            RenewalError,
-            CheckError,
-            RestartError,
-            NotServedError,
-            OSError,
-        ) as error:
+        except FixError:  # whole, and waiting for other nodes: there is nothing to undo
+            raise
+        except Exception as error:  # a journal that's away too: nothing may be left half-way
             await self._undo(plan, backup, begun, steps, why=str(error))
             raise FixError("RolledBack", f"{error}; the old certificates are back") from error
         except asyncio.CancelledError:
@@ -258,6 +252,7 @@ class Rotation:
         self, plan: RotationPlan, backup: Backup, begun: float, steps: Steps, *, why: str
     ) -> None:
         """The old certificates back in place and in use. FixError where that fails too."""
+        steps = steps.unfailing()
         if plan.recovery:  # the old ones have expired: nothing works with them
             await recovery.start(self._root, self._uptake, steps, healthy=False)
             raise FixError(

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from remediator.config import Seconds
+
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -18,7 +20,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Path of kubeadm on the host; empty: looked for in the usual directories."""
     kubeadm_config: str = ""
     """A file on the host for `kubeadm --config`; empty: the cluster's own, else its saved copy."""
-    kubeadm_timeout: Positive = 120.0
+    kubeadm_timeout: Seconds = Seconds(120)
     """Seconds for one run of kubeadm."""
     backup_directory: str = "/var/lib/upkeep/backups"
     """On the host, mode 0700; each rotation makes one directory in it."""
@@ -29,7 +31,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     restart: Literal["all", "needed", "none"] = "all"
     """Which components get a new process: every one, as kubeadm asks for; only those that never
     read the new files by themselves; or none (then people do it)."""
-    component_timeout: Positive = 420.0
+    component_timeout: Seconds = Seconds(420)
     """Seconds for one component to come back: the kubelet may back off for 160 s and more."""
     kubeconfig_copies: tuple[str, ...] = ("/root/.kube/config",)
     """Copies of admin.conf to renew too, where they hold the same identity."""
@@ -40,5 +42,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     recovery: Literal["single", "person", "never"] = "single"
     """What to do where certificates have expired and the API is gone: act by itself where etcd's
     own database names no other member (`single`); only when a person runs it; or never."""
-    deadline: Positive = 3600.0
+    deadline: Seconds = Seconds(3600)
     """Seconds for the whole rotation."""
+
+    def __post_init__(self) -> None:
+        """A wait of no length would fail every rotation half-way."""
+        for name in ("kubeadm_timeout", "component_timeout", "deadline"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be longer than nothing")
