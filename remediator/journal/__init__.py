@@ -154,9 +154,18 @@ class Journal(Protocol):
         """Write one step of a Running remediation; `ConflictError` where another claimed it."""
 
     async def finish(
-        self, remediation_id: str, phase: Phase, reason: str, message: str
+        self,
+        remediation_id: str,
+        phase: Phase,
+        reason: str,
+        message: str,
+        *,
+        pause: Pause | None = None,
     ) -> Remediation:
-        """End it. The same refusal of the same target as last time updates that record instead."""
+        """End it. The same refusal of the same target as last time updates that record instead.
+
+        pause: what its end pauses, durable with it or not at all; a pause that is there stays.
+        """
 
     async def approve(self, remediation_id: str, by: str) -> Remediation:
         """Let a Pending one act without waiting for approval any more."""

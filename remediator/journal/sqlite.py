@@ -263,11 +263,20 @@ class SqliteJournal:
         await self._writer.run(work)
 
     async def finish(
-        self, remediation_id: str, phase: Phase, reason: str, message: str
+        self,
+        remediation_id: str,
+        phase: Phase,
+        reason: str,
+        message: str,
+        *,
+        pause: Pause | None = None,
     ) -> Remediation:
         now, instant = self._now(), rows.encode(self._instant())
 
         def work(connection: sqlite3.Connection) -> Remediation:
+            if pause is not None:
+                since = pause.since.timestamp()
+                _pause(connection, pause.fix, since, pause.by, pause.why, pause.reason)
             if phase is Phase.SKIPPED:
                 merged = _merge_refusal(connection, remediation_id, reason, message, now)
                 if merged is not None:
@@ -303,12 +312,7 @@ class SqliteJournal:
         now = self._now()
 
         def work(connection: sqlite3.Connection) -> bool:
-            done = connection.execute(
-                "INSERT INTO pauses (fix, since, by, why, reason) VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT (fix) DO NOTHING",
-                (fix, now, by, why, reason),
-            )
-            return done.rowcount == 1
+            return _pause(connection, fix, now, by, why, reason)
 
         return await self._writer.run(work)
 
@@ -472,6 +476,18 @@ def _one(connection: sqlite3.Connection, remediation_id: str) -> Remediation:
     if row is None:
         raise ConflictError(f"there is no remediation {remediation_id}")
     return rows.remediation(row, rows.steps_of(connection, remediation_id))
+
+
+def _pause(  # noqa: PLR0917 - in the order of the columns
+    connection: sqlite3.Connection, fix: str, since: float, by: str, why: str, reason: str
+) -> bool:
+    """False where it is paused already, which stays as it is."""
+    done = connection.execute(
+        "INSERT INTO pauses (fix, since, by, why, reason) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT (fix) DO NOTHING",
+        (fix, since, by, why, reason),
+    )
+    return done.rowcount == 1
 
 
 def _change(  # noqa: PLR0917 - in the order of the statement it makes

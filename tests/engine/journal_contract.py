@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from remediator.journal import ConflictError, Journal
+from remediator.journal import ConflictError, Journal, Pause
 from remediator.model import Claim, Condition, Decision, Phase, Step, Target, Verdict
 from tests.engine.support import NODE, STARTED, StubClock, request
 
@@ -167,6 +167,20 @@ class JournalContract:
         assert (pause.by, pause.why, pause.reason) == ("ada", "looking into it", "Paused")
         assert await journal.resume("mend-file", "ada")
         assert not await journal.resume("mend-file", "ada")
+
+    async def test_an_end_and_the_pause_it_brings_are_one(self, journal: Journal) -> None:
+        pause = Pause(fix="mend-file", since=STARTED, by="rule", why="r1", reason="PreviousFailed")
+        await journal.accept([request()], "r1")
+        await journal.finish("r1-0", Phase.FAILED, "Refused", "no", pause=pause)
+        assert await journal.pauses() == [pause]
+        await journal.resume("mend-file", "ada")
+        with pytest.raises(ConflictError):  # ended already: nothing is paused for it again
+            await journal.finish("r1-0", Phase.FAILED, "Refused", "no", pause=pause)
+        assert await journal.pauses() == []
+        await journal.pause("mend-file", "ada", "looking into it")
+        await journal.accept([request()], "r2")
+        await journal.finish("r2-0", Phase.FAILED, "Refused", "no", pause=pause)
+        assert [p.by for p in await journal.pauses()] == ["ada"]
 
     async def test_resume_forgets_the_storm(self, journal: Journal) -> None:
         await journal.accept([request()], "r1")

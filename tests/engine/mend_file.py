@@ -76,7 +76,7 @@ class MendFile:
                     raise ZeroDivisionError
                 case "hang":
                     await asyncio.sleep(3600)
-            self._act(target)
+            self.act(target)
             await asyncio.sleep(self.settings.delay)
             if self.settings.misbehave != "leave":
                 (self.directory / target.pod).unlink()
@@ -90,7 +90,7 @@ class MendFile:
         assert steps.earlier[0].data == {"pod": target.pod}
         async with steps.step("finish", "finish what a dead process began"):
             if target.pod not in self.acts():
-                self._act(target)
+                self.act(target)
             (self.directory / target.pod).unlink(missing_ok=True)
         return Outcome(phase=Phase.SUCCEEDED, reason="Mended", message="finished after a crash")
 
@@ -99,7 +99,8 @@ class MendFile:
         path = self.directory / "acts"
         return path.read_text().split() if path.exists() else []
 
-    def _act(self, target: Target) -> None:
+    def act(self, target: Target) -> None:
+        """Add a line."""
         handle = os.open(self.directory / "acts", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             os.write(handle, f"{target.pod}\n".encode())

@@ -262,9 +262,34 @@ async def test_e6_a_storm_stops_at_the_breaker_until_resumed(tmp_path: Path) -> 
         reasons = {r["reason"] for r in found if r["phase"] == "Skipped"}
         assert reasons == {"StormBreaker"}
         await asyncio.to_thread(daemon.cli, "resume", "mend-file")
-        await daemon.post(message(alert("web-19")))
+        left = next(pod for pod in pods if (daemon.files / pod).exists())
+        await daemon.post(message(alert(left)))
+        ends = time.monotonic() + 60
+        while len(daemon.acts()) < 4 or (daemon.files / left).exists():
+            assert time.monotonic() < ends, daemon.log()
+            await asyncio.sleep(0.05)
         await daemon.settled(20)
-        assert len(daemon.acts()) >= 3
+        assert daemon.acts()[3:] == [left]
+
+
+async def test_a_failure_pauses_the_fix_until_it_is_resumed(tmp_path: Path) -> None:
+    policy = {"pause_after_failure": True}
+    async with running(tmp_path, policy=policy, settings={"misbehave": "fail"}) as daemon:
+        daemon.break_("web-1", "web-2")
+        await daemon.post(message(alert("web-1")))
+        (failed,) = await daemon.settled()
+        assert (failed["phase"], failed["reason"]) == ("Failed", "Refused")
+        assert await daemon.metric("upkeep_remediation_paused", fix="mend-file") == 1
+        await daemon.post(message(alert("web-2")))
+        refused = (await daemon.settled(2))[0]
+        assert (refused["phase"], refused["reason"]) == ("Skipped", "PreviousFailed")
+        assert failed["id"] in refused["message"]
+        daemon.write_config(policy=policy)  # what made it fail is mended
+        assert (await daemon.post(b"", {}, "/-/reload"))[0] == 200
+        await asyncio.to_thread(daemon.cli, "resume", "mend-file")
+        await daemon.post(message(alert("web-2")))
+        mended = (await daemon.settled(3))[0]
+        assert (mended["phase"], mended["target"]["pod"]) == ("Succeeded", "web-2")
 
 
 async def test_a_graceful_stop_leaves_what_runs_to_the_next_start(tmp_path: Path) -> None:
