@@ -5,7 +5,7 @@ untrusted: they only choose a fix by its name and locate a target.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
 
@@ -130,8 +130,8 @@ class Reader:
             return "fix_off", None, ""
         if alert.status not in ("firing", "resolved"):
             return "invalid", None, f"{fix}: the alert's status is neither firing nor resolved"
-        if alert.starts_at.tzinfo is None:
-            return "invalid", None, f"{fix}: the alert's startsAt has no time zone"
+        if problem := _unusable(alert.starts_at):
+            return "invalid", None, f"{fix}: the alert's startsAt {problem}"
         firing = alert.status == "firing"
         request = Request(
             fix=fix,
@@ -142,6 +142,17 @@ class Reader:
             firing=firing,
         )
         return ("accepted" if firing else "resolved"), request, ""
+
+
+def _unusable(moment: datetime) -> str:
+    """Why the journal, which keeps UTC, couldn't give it back; empty where it can."""
+    if moment.tzinfo is None:
+        return "has no time zone"
+    try:
+        year = moment.astimezone(UTC).year
+    except OverflowError:
+        year = 9999
+    return "is in no year from 1 to 9998" if year == 9999 else ""
 
 
 def _decode(body: bytes) -> _Message:

@@ -34,6 +34,9 @@ log = get_logger("remediator")
 # default of 5 ms for it, each time, while the event loop is busy.
 _SWITCH = 0.0005
 
+# New objects until Python looks for cyclic garbage, of which a request leaves none.
+_GARBAGE = 20_000
+
 
 def load_config(
     flags: Flags, fixes: Mapping[str, Entry], only: str = ""
@@ -157,6 +160,7 @@ class Daemon:
         """Serve until SIGTERM or SIGINT; the exit status."""
         sys.setswitchinterval(_SWITCH)
         gc.collect()
+        gc.set_threshold(_GARBAGE)
         gc.freeze()  # modules never become garbage: looking through them again costs 50 ms a time
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()

@@ -88,8 +88,7 @@ class Metrics:
             for phase in _ENDED:
                 for reason in {*engine.get(phase, ()), *fix.reasons.get(phase, ())}:
                     self._total.labels(name, phase.value, reason)
-        for code in _CODES:
-            self._requests.labels(code)
+        self._by_code = {int(code): self._requests.labels(code) for code in _CODES}
         self._by_outcome = {outcome: self._alerts.labels(outcome) for outcome in OUTCOMES}
 
     def ended(self, remediation: Remediation) -> None:
@@ -105,7 +104,8 @@ class Metrics:
 
     def request(self, code: int) -> None:
         """A request to /webhook was answered."""
-        self._requests.labels(str(code)).inc()
+        counter = self._by_code.get(code)
+        (self._requests.labels(str(code)) if counter is None else counter).inc()
 
     def alerts(self, outcomes: Mapping[str, int]) -> None:
         """The alerts of one message, once it's durable."""

@@ -1,12 +1,14 @@
 """Requests of webhook messages into the SQLite journal: one statement for a whole batch of them.
 
-The batch goes in as one JSON value, so SQLite works through it in one call, outside Python's lock.
+What a message needs of Python is done by its caller (`Message`), before it waits for the journal's
+thread: two threads that both want the interpreter stand in each other's way. What is left for the
+thread is one JSON value for all messages, which SQLite works through outside Python's lock.
 """
 
 # ruff: noqa: S608 - what is put into SQL text are constants of these modules, never values
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import groupby
 
@@ -17,9 +19,6 @@ from remediator.journal.schema import ACTIVE
 from remediator.model import Request, Target
 
 _MOST_KNOWN = 200_000  # alerts held in memory
-
-Message = tuple[str, Sequence[Request]]
-"""Id of the webhook request, and what it asked for."""
 
 # id, fix, target, its JSON, fingerprint, alert, starts_at
 _BATCH = """
@@ -57,6 +56,9 @@ RETURNING id, fix
 """
 
 
+_encoder = msgspec.json.Encoder()
+
+
 def active(connection: sqlite3.Connection) -> int:
     """How many remediations have not ended."""
     found = connection.execute(f"SELECT count(*) FROM remediations WHERE {ACTIVE}").fetchone()
@@ -66,96 +68,75 @@ def active(connection: sqlite3.Connection) -> int:
 class Known:
     """Firing alerts that the store holds already, as alerts of a remediation that is active.
 
-    Alertmanager repeats whole groups: most of what comes needs no write. This is true only for one
-    connection as long as nobody else writes, so `fit` is asked at the beginning of each
-    transaction; whoever ends a remediation says so by `forget`.
+    Alertmanager repeats whole groups: most of what comes needs no write. What was `had` is true
+    only as long as nothing is forgotten, which `generation` counts: the journal's thread compares
+    it inside the transaction, after `fit`, and goes through the whole message where it differs.
     """
 
     def __init__(self) -> None:
-        self._alerts: dict[tuple[str, str], dict[str, float]] = {}
-        self._count = 0
+        self._held: set[Request] = set()
+        self._latest: dict[tuple[str, Target], dict[str, Request]] = {}
         self._valid_for: tuple[sqlite3.Connection | None, int] = (None, 0)
+        self.generation = 0
+        """Grows whenever something is forgotten."""
 
     def fit(self, connection: sqlite3.Connection) -> None:
         """Forget all where the connection is new (after any error) or another process wrote."""
         version = connection.execute("PRAGMA data_version").fetchone()[0]
         # Compared by identity: a connection that failed is closed and never comes back.
         known, known_version = self._valid_for
-        if known is not connection or known_version != version or self._count > _MOST_KNOWN:
-            self._alerts, self._count = {}, 0
+        if known is not connection or known_version != version or len(self._held) > _MOST_KNOWN:
+            self.generation += 1
+            self._held, self._latest = set(), {}
         self._valid_for = (connection, version)
 
     def has(self, request: Request) -> bool:
-        alerts = self._alerts.get((request.fix, _spelt(request.target)[0]))
-        if alerts is None:
-            return False
-        return alerts.get(request.fingerprint, -1.0) >= request.starts_at.timestamp()
+        """May be asked by any thread."""
+        return request in self._held
 
     def add(self, request: Request) -> None:
-        alerts = self._alerts.setdefault((request.fix, _spelt(request.target)[0]), {})
-        started = request.starts_at.timestamp()
-        if alerts.get(request.fingerprint, -1.0) < started:
-            alerts[request.fingerprint] = started
-            self._count += 1
+        alerts = self._latest.setdefault((request.fix, request.target), {})
+        before = alerts.get(request.fingerprint)
+        if before is not None:
+            if before.starts_at >= request.starts_at:
+                return
+            self._held.discard(before)
+        alerts[request.fingerprint] = request
+        self._held.add(request)
 
-    def forget(self, fix: str, target: str) -> None:
-        """A remediation of this fix and target key ended, or one of its alerts resolved."""
-        self._alerts.pop((fix, target), None)
-
-
-def accept(
-    connection: sqlite3.Connection, messages: Sequence[Message], now: float, known: Known
-) -> dict[str, Accepted]:
-    """Write the requests of all messages in their order; by webhook request, what became of them.
-
-    now: seconds since 1970.
-    """
-    known.fit(connection)
-    flat = [
-        (request_id, f"{request_id}-{number}", request)
-        for request_id, requests in messages
-        for number, request in enumerate(requests)
-    ]
-    created: dict[str, int] = {}
-    cancelled: dict[str, list[tuple[str, str]]] = {}
-    for firing, run in groupby(flat, key=lambda item: item[2].firing):
-        part = [item for item in run if not (firing and known.has(item[2]))]
-        if not firing:
-            _resolved(connection, part, now, cancelled)
-            for _, _, request in part:
-                known.forget(request.fix, request.target.key)
-        elif part:
-            for remediation_id in _firing(connection, part, now):
-                request_id = remediation_id.rpartition("-")[0]
-                created[request_id] = created.get(request_id, 0) + 1
-            for _, _, request in part:
-                known.add(request)
-    return {
-        request_id: Accepted(
-            created=created.get(request_id, 0),
-            coalesced=sum(r.firing for r in requests) - created.get(request_id, 0),
-            resolved=sum(not r.firing for r in requests),
-            cancelled=tuple(cancelled.get(request_id, ())),
-        )
-        for request_id, requests in messages
-    }
+    def forget(self, fix: str, target: Target) -> None:
+        """A remediation of this fix and target ended, or one of its alerts resolved."""
+        self.generation += 1
+        for request in self._latest.pop((fix, target), {}).values():
+            self._held.discard(request)
 
 
-def _firing(
-    connection: sqlite3.Connection, part: Sequence[tuple[str, str, Request]], now: float
-) -> list[str]:
-    batch = msgspec.json.encode(
+class Message:
+    """What one webhook message asks for, made ready for the journal's thread."""
+
+    __slots__ = ("firing", "generation", "id", "news", "requests", "rows")
+
+    def __init__(self, request_id: str, requests: Sequence[Request], known: Known) -> None:
+        self.id = request_id
+        self.requests = requests
+        self.generation = known.generation  # read before anything is asked of `known`
+        self.firing = sum([request.firing for request in requests])
+        fresh = [item for item in enumerate(requests) if not known.has(item[1])]
+        self.news = [request for _, request in fresh]
+        self.rows = _rows(request_id, fresh)
+
+
+def _rows(request_id: str, numbered: Iterable[tuple[int, Request]]) -> bytes:
+    """Rows of the batch's JSON, without its brackets."""
+    return _encoder.encode(
         [
             (
-                *(remediation_id, request.fix, *_spelt(request.target)),
+                *(f"{request_id}-{number}", request.fix, *_spelt(request.target)),
                 *(request.fingerprint, request.alert, request.starts_at.timestamp()),
             )
-            for _, remediation_id, request in part
+            for number, request in numbered
         ]
-    ).decode()
-    created = [row[0] for row in connection.execute(_INSERT, (batch, now, now))]
-    connection.execute(_JOIN, (batch,))
-    return created
+    )[1:-1]
 
 
 @lru_cache(maxsize=8192)
@@ -164,18 +145,81 @@ def _spelt(target: Target) -> tuple[str, str]:
     return target.key, msgspec.json.encode(target).decode()
 
 
-def _resolved(
-    connection: sqlite3.Connection,
-    part: Sequence[tuple[str, str, Request]],
-    now: float,
-    cancelled: dict[str, list[tuple[str, str]]],
-) -> None:
-    targets: dict[tuple[str, str], str] = {}
-    for request_id, _, request in part:
-        where = (request.fix, request.target.key)
-        values = (request.fingerprint, request.starts_at.timestamp(), *where)
-        connection.execute(_RESOLVE, values)
-        targets[where] = request_id
-    for where, request_id in targets.items():
-        for row in connection.execute(_CANCEL, (now, *where)).fetchall():
-            cancelled.setdefault(request_id, []).append((row[0], row[1]))
+def accept(
+    connection: sqlite3.Connection, messages: Sequence[Message], now: float, known: Known
+) -> list[Accepted]:
+    """Write the requests of all messages in their order; what became of each.
+
+    now: seconds since 1970.
+    """
+    known.fit(connection)
+    work = _Work(connection, now, known)
+    for message in messages:
+        if message.firing < len(message.requests):
+            for firing, run in groupby(
+                enumerate(message.requests), key=lambda item: item[1].firing
+            ):
+                part = list(run)
+                if firing:
+                    work.fire(_rows(message.id, part), [request for _, request in part])
+                else:
+                    work.resolve(message.id, [request for _, request in part])
+        elif message.generation == known.generation:
+            work.fire(message.rows, message.news)
+        else:
+            rows = _rows(message.id, enumerate(message.requests))
+            work.fire(rows, message.requests)
+    work.flush()
+    return [work.outcome(message) for message in messages]
+
+
+class _Work:
+    """One transaction: firing alerts are gathered, then written at once."""
+
+    def __init__(self, connection: sqlite3.Connection, now: float, known: Known) -> None:
+        self._connection = connection
+        self._now = now
+        self._known = known
+        self._rows: list[bytes] = []
+        self._fired: list[Request] = []
+        self._created: dict[str, int] = {}
+        self._cancelled: dict[str, list[tuple[str, str]]] = {}
+
+    def fire(self, rows: bytes, requests: Sequence[Request]) -> None:
+        if rows:
+            self._rows.append(rows)
+            self._fired += requests
+
+    def flush(self) -> None:
+        if not self._rows:
+            return
+        batch = (b"[" + b",".join(self._rows) + b"]").decode()
+        for row in self._connection.execute(_INSERT, (batch, self._now, self._now)).fetchall():
+            request_id = row[0].rpartition("-")[0]
+            self._created[request_id] = self._created.get(request_id, 0) + 1
+        self._connection.execute(_JOIN, (batch,))
+        for request in self._fired:
+            self._known.add(request)
+        self._rows, self._fired = [], []
+
+    def resolve(self, request_id: str, requests: Sequence[Request]) -> None:
+        self.flush()
+        targets: dict[tuple[str, str], None] = {}
+        for request in requests:
+            where = (request.fix, request.target.key)
+            values = (request.fingerprint, request.starts_at.timestamp(), *where)
+            self._connection.execute(_RESOLVE, values)
+            targets[where] = None
+            self._known.forget(request.fix, request.target)
+        for where in targets:
+            for row in self._connection.execute(_CANCEL, (self._now, *where)).fetchall():
+                self._cancelled.setdefault(request_id, []).append((row[0], row[1]))
+
+    def outcome(self, message: Message) -> Accepted:
+        created = self._created.get(message.id, 0)
+        return Accepted(
+            created=created,
+            coalesced=message.firing - created,
+            resolved=len(message.requests) - message.firing,
+            cancelled=tuple(self._cancelled.get(message.id, ())),
+        )

@@ -50,11 +50,12 @@ class SqliteJournal:
         path: Path,
         clock: Clock,
         *,
-        max_bytes: int = 1 << 28,
+        max_bytes: int | None = None,
         max_active: int = 20_000,
         busy_timeout: float = 2.0,
         read_only: bool = False,
     ) -> None:
+        """`max_bytes`: what webhooks may fill; None for people, whose word is always written."""
         self.path = path
         self._clock = clock
         self._writer = Writer(path, busy_timeout=busy_timeout, max_bytes=max_bytes)
@@ -73,24 +74,29 @@ class SqliteJournal:
         )
 
     async def accept(self, requests: Sequence[Request], request_id: str) -> Accepted:
-        return await self._writer.run_together(self._accept, (request_id, requests))
+        message = Message(request_id, requests, self._known)
+        return await self._writer.run_together(self._accept, message)
 
     def _accept(
         self, connection: sqlite3.Connection, messages: Sequence[Message]
-    ) -> list[Accepted | JournalError | ConflictError]:
+    ) -> Sequence[Accepted | JournalError | ConflictError]:
         """Many messages in one go; those for which there's no room are refused whole."""
-        wanted = sum(len(requests) for _, requests in messages)
+        wanted = sum([len(message.requests) for message in messages])
         if self._room < wanted:
             self._room = self._max_active - accepting.active(connection)
         taken: list[Message] = []
-        full = JournalError(f"{self._max_active} remediations wait already, as many as may")
-        for request_id, requests in messages:
-            if len(requests) <= self._room:
-                self._room -= len(requests)
-                taken.append((request_id, requests))
+        for message in messages:
+            if len(message.requests) <= self._room:
+                self._room -= len(message.requests)
+                taken.append(message)
         accepted = accepting.accept(connection, taken, self._now(), self._known)
-        self._room += sum(len(r) for _, r in taken) - sum(a.created for a in accepted.values())
-        return [accepted.get(request_id, full) for request_id, _ in messages]
+        for message, outcome in zip(taken, accepted, strict=True):
+            self._room += len(message.requests) - outcome.created
+        if len(taken) == len(messages):
+            return accepted
+        full = JournalError(f"{self._max_active} remediations wait already, as many as may")
+        outcomes = dict(zip([message.id for message in taken], accepted, strict=True))
+        return [outcomes.get(message.id, full) for message in messages]
 
     async def begin(
         self, fix: str, target: Target, remediation_id: str, by: str, claim: Claim
@@ -273,14 +279,11 @@ class SqliteJournal:
     ) -> Remediation:
         now, instant = self._now(), rows.encode(self._instant())
 
-        def work(connection: sqlite3.Connection) -> Remediation:
-            if pause is not None:
-                since = pause.since.timestamp()
-                _pause(connection, pause.fix, since, pause.by, pause.why, pause.reason)
+        def end(connection: sqlite3.Connection) -> Remediation:
             if phase is Phase.SKIPPED:
                 merged = _merge_refusal(connection, remediation_id, reason, message, now)
                 if merged is not None:
-                    self._known.forget(merged.fix, merged.target.key)
+                    self._known.forget(merged.fix, merged.target)
                     return merged
             _change(
                 connection,
@@ -290,7 +293,14 @@ class SqliteJournal:
                 ACTIVE,
             )
             ended = _one(connection, remediation_id)
-            self._known.forget(ended.fix, ended.target.key)
+            self._known.forget(ended.fix, ended.target)
+            return ended
+
+        def work(connection: sqlite3.Connection) -> Remediation:
+            ended = end(connection)
+            if pause is not None:
+                since = pause.since.timestamp()
+                _pause(connection, pause.fix, since, pause.by, pause.why, pause.reason)
             return ended
 
         return await self._writer.run(work)
@@ -399,7 +409,10 @@ class SqliteJournal:
     async def _read(self, read: Work[T]) -> T:
         if not self._read_only and not self.path.exists():
             await self._writer.run(lambda _connection: None)  # makes it
-        return await asyncio.to_thread(self._reader.run, read)
+        try:
+            return await asyncio.to_thread(self._reader.run, read)
+        except RuntimeError as error:  # no thread can be had
+            raise JournalError(f"the journal {self.path} can't be read: {error}") from None
 
 
 class _Reader:

@@ -13,8 +13,6 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,7 +26,7 @@ Refusal = ConflictError | JournalError
 Together = Callable[[sqlite3.Connection, Sequence[Item]], Sequence[T | Refusal]]
 """Work on many callers' items at once: each one's result or refusal, in their order."""
 
-_BATCH = 32  # pieces of work in one transaction
+_BATCH = 128  # pieces of work in one transaction, roughly
 _QUEUE = 2048  # pieces of work waiting; beyond it the caller is told to come again
 _PAGE = 4096  # bytes
 
@@ -42,11 +40,15 @@ class _Entry(NamedTuple):
 class Writer:
     """Runs functions of the connection, many in one durable transaction."""
 
-    def __init__(self, path: Path, *, busy_timeout: float = 2.0, max_bytes: int = 1 << 28) -> None:
+    def __init__(
+        self, path: Path, *, busy_timeout: float = 2.0, max_bytes: int | None = None
+    ) -> None:
         self.path = path
         self._busy_timeout = busy_timeout
-        self._max_pages = max(64, max_bytes // _PAGE)
-        self._queue: queue.Queue[_Entry | None] = queue.Queue(_QUEUE)
+        self._max_pages = None if max_bytes is None else max(64, max_bytes // _PAGE)
+        self._queue: queue.SimpleQueue[list[_Entry] | None] = queue.SimpleQueue()
+        self._handing: list[_Entry] = []
+        self._waiting = 0
         self._connection: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
@@ -73,46 +75,63 @@ class Writer:
         Each statement hands the interpreter's lock to and fro; one statement for a whole batch is
         what keeps a busy event loop and this thread out of each other's way.
         """
+        if self._waiting >= _QUEUE:
+            raise JournalError(f"the journal {self.path} can't keep up; try again later")
         if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="journal", daemon=True)
-            self._thread.start()
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        try:
-            self._queue.put_nowait(_Entry(work, item, future))
-        except queue.Full:
-            raise JournalError(f"the journal {self.path} can't keep up; try again later") from None
+            thread = threading.Thread(target=self._serve, name="journal", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise JournalError(f"the journal {self.path} can't be used: {error}") from None
+            self._thread = thread
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._waiting += 1
+        self._handing.append(_Entry(work, item, future))
+        if len(self._handing) == 1:  # whatever else this turn of the loop brings goes along
+            loop.call_soon(self._hand_over)
         return await future
+
+    def _hand_over(self) -> None:
+        if self._handing:
+            self._queue.put(self._handing)
+            self._handing = []
 
     async def aclose(self) -> None:
         """Finish what was handed in, then close."""
+        self._hand_over()
         if self._thread is not None:
-            await asyncio.to_thread(self._queue.put, None)
+            self._queue.put(None)
             await asyncio.to_thread(self._thread.join)
             self._thread = None
 
     def _serve(self) -> None:
-        while True:
-            entry = self._queue.get()
-            batch = []
-            while entry is not None:
-                batch.append(entry)
-                if len(batch) == _BATCH or self._queue.empty():
+        while (batch := self._queue.get()) is not None:
+            last = False
+            while len(batch) < _BATCH and not self._queue.empty():
+                more = self._queue.get_nowait()  # nobody else takes from it
+                if more is None:
+                    last = True
                     break
-                entry = self._queue.get_nowait()  # nobody else takes from it
-            if batch:
-                self._answer(batch, self._commit(batch))
-            if entry is None:
-                self._close()
-                return
+                batch += more
+            self._answer(batch, self._commit(batch))
+            if last:
+                break
+        self._close()
 
     def _commit(self, batch: Sequence[_Entry]) -> Sequence[Any]:
         """Each entry's result, or the exception it is to be told."""
-        results: list[Any] = []
+        groups: dict[Together[Any, Any], list[int]] = {}
+        for place, entry in enumerate(batch):
+            groups.setdefault(entry.work, []).append(place)
+        results: list[Any] = [None] * len(batch)
         try:
             connection = self._open()
             connection.execute("BEGIN IMMEDIATE")
-            for work, group in groupby(batch, key=attrgetter("work")):
-                results += work(connection, [entry.item for entry in group])
+            for work, places in groups.items():
+                given = work(connection, [batch[place].item for place in places])
+                for place, result in zip(places, given, strict=True):
+                    results[place] = result
             connection.execute("COMMIT")
         except (sqlite3.Error, OSError, JournalError) as error:
             # Closed, not kept: the file may be mended or replaced before the next attempt.
@@ -126,6 +145,7 @@ class Writer:
 
     def _answer(self, batch: Sequence[_Entry], results: Sequence[Any]) -> None:
         def resolve() -> None:
+            self._waiting -= len(batch)
             for entry, result in zip(batch, results, strict=True):
                 if entry.future.done():  # its caller was cancelled; the work is kept all the same
                     continue
@@ -183,11 +203,14 @@ def sentence(path: Path, error: Exception) -> str:
 
 
 def open_journal(
-    path: Path, busy_timeout: float, max_pages: int, *, check: bool
+    path: Path, busy_timeout: float, max_pages: int | None, *, check: bool
 ) -> sqlite3.Connection:
     """Open or make the file: WAL, synchronous=FULL, owner-only, ours, of this version and sound."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    # Never opened where it exists: closing any descriptor of it drops every lock this process holds
+    # on it, SQLite's own too, and the next process to close would take the WAL away under this one.
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     connection = sqlite3.connect(
         path, timeout=busy_timeout, isolation_level=None, check_same_thread=False
     )
@@ -196,7 +219,8 @@ def open_journal(
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
-        connection.execute(f"PRAGMA max_page_count={max_pages}")
+        if max_pages is not None:
+            connection.execute(f"PRAGMA max_page_count={max_pages}")
         connection.execute("PRAGMA journal_size_limit=16777216")
         if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
             _make(connection)

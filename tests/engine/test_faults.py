@@ -42,6 +42,8 @@ async def test_e10_only_the_right_credentials_are_let_in_and_they_rotate(tmp_pat
             basic("alertmanager", "wrong"),
             basic("nobody", PASSWORD),
             {**JSON, "Authorization": "Basic !!!"},
+            {**JSON, "Authorization": "Basic é"},
+            {**JSON, "Authorization": "Bearer é"},
             {**JSON, "Authorization": "Bearer wrong"},
             {**JSON, "Authorization": "Bearer"},
         ):

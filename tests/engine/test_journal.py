@@ -4,6 +4,7 @@ import asyncio
 import random
 import sqlite3
 import stat
+import threading
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -82,6 +83,40 @@ async def test_too_many_waiting_are_refused_until_some_have_ended(
     await journal.finish("r1-0", Phase.FAILED, "x", "x")
     assert (await journal.accept([request("web-9")], "r3")).created == 1
     await journal.aclose()
+
+
+async def test_no_thread_to_be_had_is_a_journal_that_cannot_be_used(
+    journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(_self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(JournalError, match="new thread"):
+            await journal.accept([request()], "r1")
+    assert (await journal.accept([request()], "r2")).created == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(JournalError, match="new thread"):
+            await journal.find()
+    assert len(await journal.find()) == 1
+
+
+async def test_an_alert_known_when_it_came_is_written_if_its_remediation_ended_meanwhile(
+    journal: SqliteJournal,
+) -> None:
+    """Messages are made ready before they wait for the journal's thread."""
+    await journal.accept([request()], "r1")
+    await journal.accept([request()], "r2")  # known by now
+    _, answer = await asyncio.gather(
+        journal.finish("r1-0", Phase.FAILED, "x", "x"), journal.accept([request()], "r3")
+    )
+    assert answer.created == 1
+    _, answer = await asyncio.gather(
+        journal.accept([request(firing=False)], "r4"), journal.accept([request()], "r5")
+    )
+    assert answer.created == 1
 
 
 async def test_another_process_ending_one_is_seen_by_the_next_alert(
