@@ -2,15 +2,22 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import yaml
 
+from exporter.checks.certificates import Root
 from remediator.fixes.certificates import commands
-from remediator.fixes.certificates.kubeadm import certificate_life, certificates_directory
+from remediator.fixes.certificates.kubeadm import (
+    certificate_life,
+    certificates_directory,
+    find_configuration,
+)
 from remediator.model import Phase
 from tests.certificates.conftest import MakePki, StepLog
 from tests.certificates.test_rotate import NODE, files, rotate, serials, steps
+from tests.cluster.kubeadm_config import Settings, init_configuration, join_configuration
 from tests.cluster.pki import Pki
 
 HOUR = 3600.0
@@ -163,3 +170,12 @@ async def test_c14_a_renewal_that_would_shorten_a_life_is_refused(make_pki: Make
     assert (condition.broken, condition.reason) == (False, "WouldNotHelp")
     assert "admin.conf ends later" in condition.message
     assert files(pki.directory) == before
+
+
+def test_how_a_node_joined_is_no_configuration_to_renew_with(tmp_path: Path) -> None:
+    file = tmp_path / "etc/kubernetes/kubeadm.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(join_configuration("v1.20.2", "n", "192.0.2.1", "sha256:00", Settings()))
+    assert find_configuration(Root(tmp_path), "", "") == ""
+    file.write_text(init_configuration("v1.20.2", "n", "192.0.2.1", Settings()))
+    assert find_configuration(Root(tmp_path), "", "") == "/etc/kubernetes/kubeadm.yaml"

@@ -87,7 +87,11 @@ class Kubeadm:
         except CommandError as error:
             raise KubeadmError("KubeadmFailed", str(error)) from None
         if done.status != 0:
-            lines = [line for line in done.output.splitlines() if line.strip()]
+            lines = [
+                line
+                for line in done.output.splitlines()
+                if line.strip() and not line.startswith("To see the stack trace")
+            ]
             last = next((line for line in lines if "error" in line.lower()), (lines or [""])[-1])
             raise KubeadmError("KubeadmFailed", f"kubeadm failed ({done.status}): {last[:500]}")
         return done
@@ -98,8 +102,11 @@ def find_configuration(root: Root, chosen: str, saved: str) -> str:
 
     chosen: the setting; saved: where the cluster's own was saved when the API last answered.
     """
-    for path in (chosen, saved, *_USUAL_CONFIGURATIONS):
+    for path in (chosen, saved):
         if path and root.exists(path):
+            return path
+    for path in _USUAL_CONFIGURATIONS:  # on a node that joined it may say how to join, no more
+        if any(_documents(read_configuration(root, path))):
             return path
     return ""
 
