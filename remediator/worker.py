@@ -18,7 +18,14 @@ from remediator import policy
 from remediator.acting import CHECK_DEADLINE, INTERNAL, carry_out, recorder
 from remediator.config import Config, Mode
 from remediator.host import Clock, owner_alive
-from remediator.journal import ConflictError, Instant, Journal, JournalError, Pause
+from remediator.journal import (
+    LONGEST_WAIT,
+    ConflictError,
+    Instant,
+    Journal,
+    JournalError,
+    Pause,
+)
 from remediator.model import (
     CheckError,
     Claim,
@@ -37,7 +44,6 @@ from remediator.turns import Turns
 log = get_logger("remediator.worker")
 
 FRESH = 5.0  # seconds a check is good for
-_WAIT_RETRY = 60.0  # seconds
 _ERROR_RETRY = 5.0  # seconds
 
 FAILURES = (
@@ -159,7 +165,7 @@ class Worker:
             await self._end(remediation, Phase.SKIPPED, "OwnerDied", message)
             return
         if decision.verdict is Verdict.WAIT:
-            due_in = _WAIT_RETRY
+            due_in = LONGEST_WAIT
             if decision.until is not None:
                 left = (decision.until - self._clock.now()).total_seconds()
                 due_in = max(0.0, min(due_in, left))

@@ -25,6 +25,9 @@ from remediator.model import (
     Target,
 )
 
+LONGEST_WAIT = 60.0
+"""Seconds within which every waiting remediation is looked at again."""
+
 
 class JournalError(Exception):
     """The journal can't be used now: nothing was changed. The sentence says why."""
@@ -132,7 +135,10 @@ class Journal(Protocol):
         """Newest first, without steps, alerts, condition. `target`: a part of the target's key."""
 
     async def due(self, fix: str, limit: int) -> list[Remediation]:
-        """Oldest first: what is Pending and due, Admitted, or Running, with steps."""
+        """Oldest first: what is Pending and due, Admitted, or Running, with steps.
+
+        What is due later than LONGEST_WAIT from now is due too: the clock was set back meanwhile.
+        """
 
     async def acts(self, fix: str, horizon: float) -> list[Act]:
         """Newest first: what is Admitted, Running, or acted within `horizon` seconds and more."""
@@ -140,7 +146,10 @@ class Journal(Protocol):
     async def wait(
         self, remediation_id: str, decision: Decision, *, due_in: float, expires_in: float
     ) -> None:
-        """Keep one waiting as Pending; its expiry is set once, by the first wait."""
+        """Keep one waiting as Pending; its expiry is set once, by the first wait.
+
+        due_in: LONGEST_WAIT or less, and expires_in, in seconds.
+        """
 
     async def admit(self, remediation_id: str, decision: Decision) -> None:
         """Pending -> Admitted."""

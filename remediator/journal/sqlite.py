@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from remediator.host import Clock
 from remediator.journal import (
+    LONGEST_WAIT,
     Accepted,
     Act,
     ConflictError,
@@ -171,9 +172,9 @@ class SqliteJournal:
         def read(connection: sqlite3.Connection) -> list[Remediation]:
             found = connection.execute(
                 f"SELECT {rows.COLUMNS} FROM remediations WHERE fix = ? AND {ACTIVE} "
-                "AND (due_at IS NULL OR due_at <= ? OR expires_at <= ?) "
+                "AND (due_at IS NULL OR due_at <= ? OR due_at > ? OR expires_at <= ?) "
                 "ORDER BY phase = 'Running' DESC, phase = 'Admitted' DESC, seq LIMIT ?",
-                (fix, now, now, limit),
+                (fix, now, now + LONGEST_WAIT, now, limit),
             ).fetchall()
             return [rows.remediation(row, rows.steps_of(connection, row["id"])) for row in found]
 

@@ -156,7 +156,7 @@ class JournalContract:
         assert (found.approved_by, found.phase) == ("ada", Phase.PENDING)
         with pytest.raises(ConflictError):
             await journal.approve("r1-0", "bob")
-        await journal.wait("r1-0", WAIT, due_in=1000, expires_in=1000)
+        await journal.wait("r1-0", WAIT, due_in=60, expires_in=1000)
         clock.pass_time(101)  # the first wait set the expiry, the second didn't move it
         assert len(await journal.due("mend-file", 10)) == 1
 
