@@ -3,7 +3,7 @@
     python -m benchmarks.rollouts [--deployments 10000] [--nodes 500]
 
 A real API server is filled with Deployments, a ReplicaSet each, three pods each, and nodes
-(`benchmarks.rollouts_cluster`); then the exporter is timed, and before and after it
+(`benchmarks._rollouts_cluster`); then the exporter is timed, and before and after it
 `kubectl get deployments,replicasets,pods,nodes -A -o json`. It prints the ratio of the two times,
 and fails (exit code 1) where a limit is missed:
 
@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rollouts_cluster import PODS_EACH, STUCK, Filler, app, namespace, pod_status
+from benchmarks._rollouts_cluster import PODS_EACH, STUCK, Filler, app, namespace, pod_status
 from tests.cluster.control_plane import ControlPlane, control_plane
 from tests.cluster.ports import reserved_ports
 

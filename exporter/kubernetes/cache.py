@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from exporter.checks.view import ClusterView
-from exporter.kubernetes.client import AccessError, ApiError, Client
+from exporter.kubernetes.client import ApiError, Client
 from exporter.kubernetes.decode import Kind
 from exporter.logs import get_logger
 
@@ -128,9 +128,11 @@ class Reflector(Generic[T]):
                 if error.status in {403, 404}:
                     pause = _LONGEST_PAUSE
                 wait = max(pause, error.retry_after)
-            except AccessError as error:
-                self._note(str(error), absent=False)
-                wait = pause
+            except Exception as error:
+                # Nobody else would start it again, and the view would only grow old.
+                log.exception("a watch failed", resource=self.name)
+                self._note(f"{self.name}: {error!r}", absent=False)
+                self._version, wait = "", pause
             await asyncio.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - spreads load only
             pause = min(pause * 2, _LONGEST_PAUSE)
             if self._outdated():
@@ -174,7 +176,7 @@ class Reflector(Generic[T]):
         async for event in self._client.watch(
             resource.kind, self._version, labels=resource.labels, timeout=self._watch_seconds
         ):
-            meta = _decode_meta(event.object).metadata
+            meta = _meta(event.object)
             if event.type != "BOOKMARK":
                 with self._lock:
                     if event.type == "DELETED":
@@ -188,7 +190,7 @@ class Reflector(Generic[T]):
     def _read(self, raw: msgspec.Raw) -> T:
         try:
             return self._resource.kind.read(raw)
-        except (msgspec.DecodeError, ValueError) as error:
+        except ValueError as error:  # a DecodeError is one
             # An object left out would make room appear where there is none.
             raise ApiError(0, f"{self.name} {_key(raw)} can't be read: {error}") from None
 
@@ -197,8 +199,15 @@ def _spell(meta: _Meta) -> str:
     return f"{meta.namespace}/{meta.name}" if meta.namespace else meta.name
 
 
+def _meta(raw: msgspec.Raw) -> _Meta:
+    try:
+        return _decode_meta(raw).metadata
+    except ValueError as error:  # a DecodeError is one
+        raise ApiError(0, f"an object can't be read: {error}") from None
+
+
 def _key(raw: msgspec.Raw) -> str:
-    return _spell(_decode_meta(raw).metadata)
+    return _spell(_meta(raw))
 
 
 class Cache:
@@ -237,7 +246,7 @@ class Cache:
         while True:
             try:
                 version = await self._client.version()
-            except (ApiError, AccessError) as error:
+            except ApiError as error:
                 self._version_problem = str(error)
                 await asyncio.sleep(_FIRST_PAUSE if not self._version_known else _LONGEST_PAUSE)
                 continue

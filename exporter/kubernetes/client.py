@@ -43,6 +43,10 @@ class ApiError(Exception):
         return self.status in {0, 408, 429} or self.status >= 500
 
 
+class NoAccessError(ApiError, AccessError):
+    """The credentials can't be read (now): for whoever asks, the same as no answer."""
+
+
 class _Details(msgspec.Struct, rename="camel"):
     retry_after_seconds: float = 0
 
@@ -126,7 +130,10 @@ class Client:
     async def _connect(self) -> tuple[Access, aiohttp.ClientSession]:
         if self._access is None or self._session is None:
             await self.aclose()
-            self._access = await self._load()
+            try:
+                self._access = await self._load()
+            except AccessError as error:
+                raise NoAccessError(0, str(error)) from None
             self._loaded_at = time.monotonic()
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(ssl=self._access.tls or False, limit=0),
@@ -214,7 +221,7 @@ class Client:
             try:
                 return await what()
             except ApiError as error:
-                if not error.temporary:
+                if not error.temporary or isinstance(error, NoAccessError):
                     raise
                 await self._sleep(min(max(pause, error.retry_after), _LONGEST_PAUSE))
                 pause *= 2
@@ -352,15 +359,18 @@ class Client:
     async def version(self) -> tuple[int, int]:
         """The API server's (major, minor); a vendor's `21+` is 21."""
         data = await self._retried(lambda: self.send("GET", "/version"))
-        found = msgspec.json.decode(data, type=_Version)
-        minor = "".join(c for c in found.minor if c.isdigit())
-        return int(found.major or 0), int(minor or 0)
+        try:
+            found = msgspec.json.decode(data, type=_Version)
+            minor = "".join(c for c in found.minor if c.isdigit())
+            return int(found.major or 0), int(minor or 0)
+        except ValueError as error:  # a DecodeError is one
+            raise ApiError(0, f"GET /version: the answer is no version: {error}") from None
 
 
 def _read(kind: Kind[T], raw: bytes | msgspec.Raw, path: str) -> T:
     try:
         return kind.read(raw)
-    except (msgspec.DecodeError, ValueError) as error:
+    except ValueError as error:  # a DecodeError is one
         raise ApiError(0, f"GET {path}: an object can't be read: {error}") from None
 
 

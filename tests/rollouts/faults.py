@@ -17,8 +17,9 @@ from aiohttp import web
 
 from tests.cluster.control_plane import ControlPlane
 
-FAULTS = ("409", "410", "429", "500", "hang", "cut", "lost")
-"""An answer by its code; no answer; a cut connection; or done, but the answer is lost."""
+FAULTS = ("409", "410", "429", "500", "hang", "cut", "lost", "page")
+"""An answer by its code; no answer; a cut connection; done, but the answer is lost; or the page of
+a load balancer that has nothing behind it, and calls that a success."""
 
 Plan = Callable[[int, str, str], str]
 """(number of the request from 0, method, path) -> a fault, or empty."""
@@ -68,6 +69,8 @@ class FaultyApi:
                 {"kind": "Status", "message": "a fault on purpose", "code": int(fault)},
                 status=int(fault),
             )
+        if fault == "page":
+            return web.Response(text="<html>Starting</html>", content_type="text/html")
         if fault == "hang":
             await asyncio.sleep(60)
         if fault != "cut":

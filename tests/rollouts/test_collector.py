@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from exporter.checks.objects import Pod
+from exporter.checks.view import ClusterView
 from exporter.collectors.rollouts import RolloutsCollector, ViewError
 from exporter.config import Config
+from exporter.kubernetes import client
+from exporter.kubernetes.cache import Cache
+from exporter.kubernetes.decode import PODS
+from exporter.kubernetes.watched import watched
 from tests.cluster.control_plane import ControlPlane
+from tests.rollouts.faults import FaultyApi
 from tests.rollouts.scene import Scene, uids, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.debian]
@@ -178,6 +185,59 @@ async def test_r17_a_restarted_api_server_is_followed_again(scene: Scene) -> Non
         )
     finally:
         await collector.aclose()
+
+
+async def test_r17_a_page_instead_of_an_answer_is_got_over(scene: Scene, tmp_path: Path) -> None:
+    """A load balancer answers each first question with a page of its own, and status 200."""
+    scene.node(cpu="2")
+    name = scene.run(scene.deployment(cpu="1"))
+    scene.release(name, cpu="3")
+    scene.wait_stuck(name)
+    asked: set[str] = set()
+
+    def plan(_count: int, _method: str, path: str) -> str:
+        first = path not in asked
+        asked.add(path)
+        return "page" if first else ""
+
+    async with FaultyApi(scene.plane, tmp_path, plan) as faulty:
+        config = Config(kubeconfig=faulty.kubeconfig)
+        collector = RolloutsCollector(config, environ={}, watch_seconds=3.0)
+        await collector.start()
+        try:
+            key = (scene.namespace, name)
+            await until(
+                "a view", lambda: series(collector, "upkeep_rollout_unstickable").get(key) == 0
+            )
+        finally:
+            await collector.aclose()
+    assert "/version" in asked
+
+
+async def test_r17_a_watch_survives_what_nobody_thought_of(scene: Scene) -> None:
+    """A fault of this program's own in one event: the resource is listed again."""
+    scene.node(cpu="2")
+    name = scene.run(scene.deployment(cpu="1"))
+    scene.release(name, cpu="3")
+    scene.wait_stuck(name)
+    view, faults = ClusterView(), [ZeroDivisionError("on purpose")]
+
+    def put(pod: Pod) -> None:
+        if faults:
+            raise faults.pop()
+        view.put_pod(pod)
+
+    resources = watched(view, "")
+    (pods,) = (one for one in resources if one.kind is PODS)
+    pods.put = put
+    cache = Cache(client(scene.plane.kubeconfig, {}), view, resources)
+    await cache.start()
+    try:
+        await until("a view", lambda: cache.age() is not None)
+        assert faults == []
+        assert any(pod.namespace == scene.namespace for pod in view.pods.values())
+    finally:
+        await cache.aclose()
 
 
 @pytest.mark.parametrize("kind", ["StatefulSet", "DaemonSet"])

@@ -1,12 +1,18 @@
 """The rollout hazards that the controllers and other people's changes bring about."""
 
 import asyncio
+import json
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from exporter.checks.objects import UNSTICK
+from exporter.kubernetes import client
 from remediator.fixes.rollouts.reasons import FINAL
 from remediator.model import Phase
+from tests.rollouts.faults import FaultyApi
 from tests.rollouts.history import Availability
 from tests.rollouts.scene import MERGE, Scene, uids, wait_for
 
@@ -271,6 +277,54 @@ async def test_r16_of_two_executors_one_acts(scene: Scene) -> None:
     assert [o.reason for o in outcomes].count("RolloutUnstuck") == 1, outcomes
     assert all(o.reason in {"RolloutUnstuck", "AlreadyActing"} for o in outcomes), outcomes
     assert scene.complete(name)
+
+
+async def test_r9_a_replica_set_that_changes_right_before_the_write_is_looked_at_again(
+    scene: Scene, tmp_path: Path
+) -> None:
+    name = stuck(scene)
+    path = f"{scene.space('apps/v1')}/replicasets/{scene.sets(name)['1']['metadata']['name']}"
+    changed: list[str] = []
+
+    def plan(_count: int, method: str, at: str) -> str:
+        if method == "PATCH" and at == path and not changed:
+            other = {"metadata": {"annotations": {"somebody": "else"}}}
+            changed.append(at)
+            scene.api.request("PATCH", path, other, content_type=MERGE)
+        return ""
+
+    async with FaultyApi(scene.plane, tmp_path, plan) as proxy:
+        _, outcome = await scene.unstick(name, scene.fix(lambda: client(proxy.kubeconfig, {})))
+    assert changed
+    assert outcome is not None
+    assert outcome.phase is Phase.SUCCEEDED, outcome
+    assert [step.ok for step in scene.steps if step.name == "free"] == [False, True]
+
+
+async def test_r16_a_claim_that_comes_a_moment_earlier_is_respected(
+    scene: Scene, tmp_path: Path
+) -> None:
+    name = stuck(scene)
+    newest = scene.sets(name)["2"]["metadata"]
+    path = f"{scene.space('apps/v1')}/replicasets/{newest['name']}"
+    theirs = {"replicaSet": newest["uid"], "holder": "another", "until": time.time() + 600}
+    claimed: list[str] = []
+
+    def plan(_count: int, method: str, at: str) -> str:
+        if method == "PATCH" and at == path and not claimed:
+            claim = {"metadata": {"annotations": {UNSTICK: json.dumps(theirs)}}}
+            claimed.append(at)
+            scene.api.request("PATCH", path, claim, content_type=MERGE)
+        return ""
+
+    async with FaultyApi(scene.plane, tmp_path, plan) as proxy:
+        _, outcome = await scene.unstick(name, scene.fix(lambda: client(proxy.kubeconfig, {})))
+    assert claimed
+    assert outcome is not None
+    assert (outcome.phase, outcome.reason) == (Phase.SKIPPED, "AlreadyActing")
+    found = scene.sets(name)
+    assert json.loads(found["2"]["metadata"]["annotations"][UNSTICK]) == theirs
+    assert found["1"]["spec"]["replicas"] == 1
 
 
 async def test_r19_a_nomination_left_behind_does_not_hide_a_stuck_rollout(scene: Scene) -> None:

@@ -1,6 +1,7 @@
 """Undo: after a crash, a cancellation, a lost race, and any fault of the API server."""
 
 import asyncio
+import errno
 import random
 import signal
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from exporter.kubernetes import Client, client
-from exporter.kubernetes.access import load_access
+from exporter.kubernetes import AccessError, Client, client
+from exporter.kubernetes.access import Access, load_access
 from remediator.model import Outcome, Phase, Step
+from tests.cluster.hollow import BEHAVIOUR
 from tests.rollouts.faults import FAULTS, FaultyApi
 from tests.rollouts.scene import Scene, wait_for
 
@@ -32,13 +34,18 @@ def stuck(scene: Scene, *, behaviour: str = "ready") -> str:
 def restored(scene: Scene, name: str) -> bool:
     """As before the fix: the old pod serves, the new one waits, nobody claims anything."""
     sets = scene.sets(name)
-    mark = sets["2"]["metadata"]["annotations"].get("upkeep.dev/unstick-rollout", "")
     return (
         sets["1"]["spec"]["replicas"] == 1
         and sets["2"]["spec"]["replicas"] == 1
         and scene.available(name) == 1
-        and '"holder"' not in mark
+        and '"holder"' not in mark(scene, name)
     )
+
+
+def mark(scene: Scene, name: str) -> str:
+    """What is written on the new ReplicaSet."""
+    annotations = scene.sets(name)["2"]["metadata"]["annotations"]
+    return str(annotations.get("upkeep.dev/unstick-rollout", ""))
 
 
 def contender(scene: Scene, cpu: str, priority: str = "") -> None:
@@ -209,8 +216,8 @@ def _no_pods(scene: Scene, name: str) -> bool:
     return not scene.pods(name)
 
 
-async def _freed(scene: Scene, name: str) -> None:
-    while scene.sets(name)["1"]["spec"]["replicas"] != 0:
+async def _freed(scene: Scene, name: str, left: int = 0) -> None:
+    while scene.sets(name)["1"]["spec"]["replicas"] != left:
         await asyncio.sleep(0.05)
 
 
@@ -239,12 +246,12 @@ asyncio.run(main())
 """
 
 
-async def _killed(scene: Scene, name: str, journal: Path) -> list[Step]:
+async def _killed(scene: Scene, name: str, journal: Path, left: int = 0) -> list[Step]:
     """Run the fix in a process and kill it once the old ReplicaSet is scaled down; its log."""
     arguments = [str(scene.plane.kubeconfig), scene.namespace, name, str(journal)]
     process = subprocess.Popen([sys.executable, "-c", _VICTIM, *arguments])
     try:
-        await asyncio.wait_for(_freed(scene, name), 60)
+        await asyncio.wait_for(_freed(scene, name, left), 60)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -275,6 +282,84 @@ async def test_e2_killed_in_the_middle_its_successor_undoes(scene: Scene, tmp_pa
     outcome = await fix.resume(scene.target(name), scene.step_log(earlier))
     assert (outcome.phase, outcome.reason) == (Phase.FAILED, "NewPodCrashes"), outcome
     assert restored(scene, name), scene.state(name)
+
+
+async def test_e2_a_successor_ends_the_open_step_and_takes_no_other(
+    scene: Scene, tmp_path: Path
+) -> None:
+    """A further one is for the policy to admit: somebody may have paused the fix."""
+    scene.node(cpu="3500m")
+    name = scene.run(scene.deployment(cpu="1", replicas=3))
+    scene.release(name)
+    scene.wait_stuck(name)
+    earlier = await _killed(scene, name, tmp_path / "journal", left=2)
+    outcome = await _resume(scene, name, earlier)
+    assert (outcome.phase, outcome.reason) == (Phase.FAILED, "Interrupted"), outcome
+    assert [step.name for step in scene.steps].count("free") == 1
+    assert scene.sets(name)["1"]["spec"]["replicas"] == 2
+    assert scene.available(name) == 3
+    assert '"holder"' not in mark(scene, name)
+
+
+async def test_e2_a_successor_that_has_no_access_yet_waits_for_it(
+    scene: Scene, tmp_path: Path
+) -> None:
+    name = stuck(scene)
+    earlier = await _killed(scene, name, tmp_path / "journal")
+    tries: list[int] = []
+
+    async def load() -> Access:
+        tries.append(1)
+        if len(tries) < 5:
+            raise AccessError("can't read the kubeconfig (it is being renewed)")
+        return await load_access(scene.plane.kubeconfig, {})
+
+    fix = scene.fix(connect=lambda: Client(load))
+    outcome = await fix.resume(scene.target(name), scene.step_log(earlier))
+    assert (outcome.phase, outcome.reason) == (Phase.SUCCEEDED, "RolloutUnstuck"), outcome
+    assert scene.complete(name)
+
+
+@pytest.mark.parametrize("behaviour", ["never-ready", "ready"])
+async def test_e11_a_journal_that_fails_in_the_middle_of_a_step_has_it_undone(
+    scene: Scene, behaviour: str
+) -> None:
+    """Or, where the new pod is quicker than the way back, left to go on."""
+    name = stuck(scene, behaviour=behaviour)
+    log = scene.step_log()
+    kept = log._record
+
+    async def full(index: int, step: Step) -> None:
+        if any(earlier.name == "free" for earlier in scene.steps):
+            raise OSError(errno.ENOSPC, "no space left on the journal's device")
+        await kept(index, step)
+
+    log._record = full
+    fix = scene.fix()
+    condition = await fix.check(scene.target(name))
+    outcome = await fix.apply(scene.target(name), condition, log)
+    assert (outcome.phase, outcome.reason) == (Phase.FAILED, "Interrupted"), outcome
+    assert "no space left" in outcome.message
+    assert scene.available(name) == 1
+    whole = restored if behaviour == "never-ready" else Scene.complete
+    wait_for("whole again", lambda: restored(scene, name) or whole(scene, name))
+
+
+async def test_r5_an_old_pod_that_is_not_back_in_time_is_said(scene: Scene) -> None:
+    scene.node(cpu="1500m")
+    slow = scene.deployment(cpu="1")
+    slow["spec"]["template"]["metadata"]["annotations"][BEHAVIOUR] = "slow-ready=12"
+    name = scene.run(slow)
+    scene.release(name, behaviour="never-ready")
+    scene.wait_stuck(name)
+    _, outcome = await scene.unstick(name, scene.fix(come_up_timeout=3.0, undo_timeout=4.0))
+    assert outcome is not None
+    assert (outcome.phase, outcome.reason) == (Phase.FAILED, "NotRestored"), outcome
+    assert scene.sets(name)["1"]["spec"]["replicas"] == 1  # it is on its way
+    again = await scene.fix().check(scene.target(name))
+    assert not again.broken
+    wait_for("the old pod", partial(restored, scene, name))
+    assert '"failed"' in mark(scene, name)
 
 
 async def test_a_pod_that_is_ready_for_a_moment_and_crashes_is_undone(scene: Scene) -> None:

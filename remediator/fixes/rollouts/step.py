@@ -1,13 +1,17 @@
 """A step's memory: what it is about to change, kept in the step log before it changes it."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
 
 from exporter.checks.objects import Deployment, ReplicaSet
+from exporter.logs import get_logger
 from remediator.fixes.rollouts.look import Look
+from remediator.model import Steps
+
+log = get_logger("remediator.rollouts")
 
 T = TypeVar("T")
 
@@ -53,6 +57,29 @@ class Open(msgspec.Struct, frozen=True):
         return bool(self.generation) and deployment.generation != self.generation
 
 
+class Left(msgspec.Struct):
+    """What a dead owner left behind."""
+
+    begun: Open | None = None
+    """The step that neither came up nor was undone."""
+    holder: str = ""
+    deployment: str = ""
+    newest: str = ""
+    """Its claim: who, and on which uids."""
+
+
+def left_open(steps: Steps) -> Left:
+    left = Left()
+    for step in steps.earlier:
+        if step.name == "claim":
+            left = msgspec.convert({**step.data, "begun": None}, Left, strict=False)
+        elif step.name == "free":
+            left.begun = msgspec.convert(step.data, Open, strict=False)
+        elif step.name in {"come-up", "undo"} and step.ok:
+            left.begun = None
+    return left
+
+
 class GaveUpError(Exception):
     """A step can't succeed; the message says why, `code` is the remediation's reason."""
 
@@ -66,6 +93,21 @@ def newest_of(found: Look) -> ReplicaSet | None:
     revision = found.deployment.revision
     same = [s for s in found.view.sets_of(found.deployment) if revision and s.revision == revision]
     return same[0] if len(same) == 1 else None
+
+
+async def noted(steps: Steps, name: str, message: str, work: Callable[[], Awaitable[str]]) -> str:
+    """A step that makes something whole: done even where it can't be recorded.
+
+    `work` gives the step's result, which is passed on.
+    """
+    results: list[str] = []
+    try:
+        async with steps.step(name, message) as step:
+            results.append(await work())
+            step.result = results[0]
+    except Exception:
+        log.exception("a step can't be recorded", step=name)
+    return results[0] if results else await work()
 
 
 async def shielded(work: Coroutine[Any, Any, T]) -> T:

@@ -10,26 +10,32 @@ from exporter.checks.objects import Pod, ReplicaSet
 from exporter.kubernetes import ApiError
 from remediator.fixes.rollouts.act import Act
 from remediator.fixes.rollouts.look import Look, look
-from remediator.fixes.rollouts.step import Open, Taken, newest_of
+from remediator.fixes.rollouts.step import Open, Taken, newest_of, noted
 from remediator.fixes.rollouts.writes import LOWEST_COST
+
+_RESTORED = "as many pods are available as before"
 
 
 async def undo(act: Act, begun: Open, why: str) -> bool:
-    """Bring the old pods back; True once they are seen available again."""
+    """Bring the old pods back; True once as many are seen available as before."""
     names = ", ".join(f"{taken.name} to {taken.before}" for taken in begun.taken)
-    async with act.steps.step("undo", f"Scale back {names}: {why}") as step:
-        ends = time.monotonic() + act.settings.undo_timeout
+    ends = time.monotonic() + act.settings.undo_timeout
+
+    async def rounds() -> str:
         state = "nothing was seen yet"
-        while state and time.monotonic() < ends:
+        while time.monotonic() < ends:
             try:
                 state = await _round(act, begun)
             except ApiError as error:
                 state = str(error)
-            if state:
-                await act.sleep(act.settings.poll)
-        act.open = None
-        step.result = f"not restored: {state}" if state else "the old pods are available again"
-        return not state
+            if not state:
+                return _RESTORED
+            await act.sleep(act.settings.poll)
+        return f"not restored: {state}"
+
+    result = await noted(act.steps, "undo", f"Scale back {names}: {why}", rounds)
+    act.open = None
+    return result == _RESTORED
 
 
 async def _round(act: Act, begun: Open) -> str:
@@ -48,9 +54,13 @@ async def _round(act: Act, begun: Open) -> str:
     for pod in found.view.pods.values():
         if pod.deletion_cost == LOWEST_COST and pod.uid in begun.costs:
             await act.writes.set_cost(pod, begun.costs[pod.uid])
+    # Where somebody changed the Deployment its controller has spread the pods anew, and where the
+    # new pod came up after all it isn't taken away. With as many serving nothing is left to undo.
     overtaken = begun.overtaken(found.deployment)
-    if overtaken and _serving(act, found) >= min(begun.serving, found.deployment.replicas):
-        return ""  # spread anew by its controller, and serving: there is nothing to go back to
+    came_up, serving = _serving(act, begun, found)
+    enough = bool(begun.serving) and serving >= min(begun.serving, found.deployment.replicas)
+    if enough and (overtaken or came_up):
+        return ""
     missing: list[str] = []
     for taken in begun.taken:
         old = sets.get(taken.uid)
@@ -66,11 +76,19 @@ async def _round(act: Act, begun: Open) -> str:
     return "; ".join(missing)
 
 
-def _serving(act: Act, found: Look) -> int:
-    """How many pods of every ReplicaSet have been available for as long as a new one must."""
+def _serving(act: Act, begun: Open, found: Look) -> tuple[int, int]:
+    """Pods available for as long as a new one must be: new ones since the step began, and all."""
     settle = max(act.settings.settle, float(found.deployment.min_ready))
-    pods = [p for one in found.view.sets_of(found.deployment) for p in found.view.pods_of(one)]
-    return sum(pod.available(act.now(), settle) for pod in pods)
+    came_up = serving = 0
+    for one in found.view.sets_of(found.deployment):
+        for pod in found.view.pods_of(one):
+            new = one.uid == begun.newest and pod.uid not in begun.come_up
+            if pod.available(act.now(), settle) and not (
+                new and pod.restarts >= act.settings.most_restarts
+            ):
+                came_up += new
+                serving += 1
+    return came_up, serving
 
 
 async def _restore(

@@ -5,22 +5,30 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 
-import msgspec
-
 from exporter.checks.freeing import Freeing, Limits, Refusal, plan_freeing
 from exporter.checks.labels import parse_selector
 from exporter.checks.objects import OPT_OUT
 from exporter.checks.rollouts import Moving, Stuck
 from exporter.checks.scheduling import has_room
 from exporter.kubernetes import AccessError, ApiError, Client, decode
+from exporter.logs import get_logger
 from remediator.fixes.rollouts.act import Act, sentence
 from remediator.fixes.rollouts.look import Look, look
 from remediator.fixes.rollouts.mark import mark_of
 from remediator.fixes.rollouts.reasons import FAILED, FINAL, SKIPPED
 from remediator.fixes.rollouts.settings import Settings
-from remediator.fixes.rollouts.step import GaveUpError, Open, newest_of, shielded
+from remediator.fixes.rollouts.step import (
+    GaveUpError,
+    Open,
+    left_open,
+    newest_of,
+    noted,
+    shielded,
+)
 from remediator.fixes.rollouts.undo import undo
 from remediator.model import CheckError, Condition, FixError, Outcome, Phase, Steps, Target
+
+log = get_logger("remediator.rollouts")
 
 _MOST_OVERTAKEN = 5  # steps taken back because somebody changed the Deployment meanwhile
 
@@ -172,6 +180,9 @@ class UnstickRollout:
         except asyncio.CancelledError:
             await shielded(self._abandon(act, deployment, newest))
             raise
+        except Exception as error:  # a journal that is full, or a fault of ours
+            log.exception("a fault in the middle")
+            outcome = await shielded(self._step_back(act, "Interrupted", f"it broke off: {error}"))
         failed = (
             outcome.message if outcome.phase is Phase.FAILED and outcome.reason in FINAL else ""
         )
@@ -188,8 +199,12 @@ class UnstickRollout:
             await act.release(deployment, newest, failed)
         except (GaveUpError, ApiError) as error:
             # The claim ends by itself; that it failed is in the journal.
-            async with act.steps.step("release", "Give the claim back") as step:
-                step.result = f"not done: {error}"
+            result = f"not done: {error}"
+
+            async def said() -> str:
+                return result
+
+            await noted(act.steps, "release", "Give the claim back", said)
 
     async def _step_back(self, act: Act, code: str, why: str) -> Outcome:
         """Undo the open step, if there is one, and say how it ended."""
@@ -200,7 +215,7 @@ class UnstickRollout:
                 phase = Phase.FAILED
             return _outcome(phase, code, why)
         if await undo(act, begun, why):
-            return _outcome(Phase.FAILED, code, f"{why}; the old pods are available again")
+            return _outcome(Phase.FAILED, code, f"{why}; as many pods are available as before")
         return _outcome(Phase.FAILED, "NotRestored", f"{why}; the old pods are not all back")
 
     async def _drive(self, act: Act, deployment: str, newest: str) -> Outcome:
@@ -293,7 +308,7 @@ class UnstickRollout:
 
     async def resume(self, target: Target, steps: Steps) -> Outcome:
         """Finish or undo what a dead owner left: its last step without an end."""
-        left = _left_open(steps)
+        left = left_open(steps)
         async with self._connect() as api:
             act = self._act(api, target, steps, left.holder or str(uuid.uuid4()))
             if left.begun is None:
@@ -315,38 +330,37 @@ class UnstickRollout:
                 step.result = await act.come_up(begun)
             act.open = None
             act.freed = sum(taken.before - taken.after for taken in begun.taken)
+            outcome = await self._after_resuming(act, begun)
         except GaveUpError as stop:
             outcome = await shielded(self._step_back(act, stop.code, str(stop)))
-            failed = outcome.message if outcome.reason in FINAL else ""
-            await shielded(self._let_go(act, begun.deployment, begun.newest, failed))
-            return outcome
+        except ApiError as error:
+            outcome = await shielded(self._step_back(act, "ApiUnavailable", str(error)))
         except asyncio.CancelledError:
             await shielded(self._abandon(act, begun.deployment, begun.newest))
             raise
-        return await self._guarded(act, begun.deployment, begun.newest)
+        except Exception as error:
+            log.exception("a fault in the middle")
+            outcome = await shielded(self._step_back(act, "Interrupted", f"it broke off: {error}"))
+        failed = outcome.message if outcome.reason in FINAL else ""
+        await shielded(self._let_go(act, begun.deployment, begun.newest, failed))
+        return outcome
 
-
-class _Left(msgspec.Struct):
-    """What a dead owner left behind."""
-
-    begun: Open | None = None
-    """The step that neither came up nor was undone."""
-    holder: str = ""
-    deployment: str = ""
-    newest: str = ""
-    """Its claim: who, and on which uids."""
-
-
-def _left_open(steps: Steps) -> _Left:
-    left = _Left()
-    for step in steps.earlier:
-        if step.name == "claim":
-            left = msgspec.convert({**step.data, "begun": None}, _Left, strict=False)
-        elif step.name == "free":
-            left.begun = msgspec.convert(step.data, Open, strict=False)
-        elif step.name in {"come-up", "undo"} and step.ok:
-            left.begun = None
-    return left
+    async def _after_resuming(self, act: Act, begun: Open) -> Outcome:
+        """Whether that was all. A further step is for the policy to admit: much may have changed
+        since it admitted this one, a pause by a person for one."""
+        ends = time.monotonic() + self._settings.come_up_timeout
+        while True:
+            found = await act.seen(begun.deployment, begun.newest, whole=False)
+            if isinstance(found.stuck, Moving) and found.deployment.complete:
+                return await self._done(act, found)
+            if isinstance(found.stuck, Stuck) or time.monotonic() > ends:
+                return _outcome(
+                    Phase.FAILED,
+                    "Interrupted",
+                    "the earlier owner died in the middle of a step; that one is finished, and the "
+                    "rollout needs more of them",
+                )
+            await self._sleep(self._settings.poll)
 
 
 def _nothing_old(found: Look) -> bool:
