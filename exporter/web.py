@@ -13,6 +13,7 @@ import ssl
 import time
 from pathlib import Path
 
+import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
@@ -20,7 +21,7 @@ from exporter.logs import get_logger
 from exporter.web_auth import Access
 from exporter.web_config import TlsConfig, WebConfig, WebConfigError, load, tls_context
 
-__all__ = ["Listener", "WebConfigError", "loopback"]
+__all__ = ["Demands", "Listener", "WebConfigError", "loopback"]
 
 log = get_logger("web")
 
@@ -37,6 +38,16 @@ def loopback(host: str) -> bool:
         return False
 
 
+class Demands(msgspec.Struct, frozen=True, kw_only=True):
+    """What a program asks of its listener beside the web configuration file."""
+
+    bearer_token_file: Path | None = None
+    max_connections: int = 512
+    """Beyond it the longest idle ones are closed."""
+    never_open: str = ""
+    """Why it may not be open to everybody, said where it would be; empty where it may."""
+
+
 class Listener:
     """Serves one application on one address."""
 
@@ -46,8 +57,7 @@ class Listener:
         address: tuple[str, int],
         config_file: Path | None = None,
         *,
-        bearer_token_file: Path | None = None,
-        max_connections: int = 512,
+        demands: Demands | None = None,
         idle_timeout: float = 75.0,
         request_timeout: float = 15.0,
     ) -> None:
@@ -55,8 +65,7 @@ class Listener:
         self._app = app
         self._address = address
         self._config_file = config_file
-        self._bearer_file = bearer_token_file
-        self._max_connections = max_connections
+        self._demands = demands or Demands()
         self._idle_timeout = idle_timeout
         self._request_timeout = request_timeout
         self._config = WebConfig()
@@ -87,21 +96,25 @@ class Listener:
     def scheme(self) -> str:
         return "http" if self._tls is None else "https"
 
-    def load(self) -> None:
-        """Read the files; `WebConfigError` leaves what was in force."""
+    def load(self, demands: Demands | None = None) -> None:
+        """Read the files; `WebConfigError` leaves what was in force, older demands included."""
+        demands = demands or self._demands
         stamp = self._look()
         config = WebConfig() if self._config_file is None else load(self._config_file)
         tls, folder = config.tls_server_config, Path()
         if self._config_file is not None:
             folder = self._config_file.parent
         context = None if tls is None else tls_context(tls, folder)
-        bearer = None if self._bearer_file is None else _token(self._bearer_file)
-        self._access = Access(
+        bearer = demands.bearer_token_file
+        access = Access(
             users=config.basic_auth_users,
-            bearer=bearer,
+            bearer=None if bearer is None else _token(bearer),
             client_names=tls.client_allowed_sans if tls else (),
             client_certificates=context is not None and context.verify_mode is ssl.CERT_REQUIRED,
         )
+        if demands.never_open and not access.guarded:
+            raise WebConfigError(demands.never_open)
+        self._access, self._demands = access, demands
         self._config, self._tls, self._stamp = config, context, stamp
 
     async def start(self) -> None:
@@ -120,10 +133,10 @@ class Listener:
         await self._serve()
         self._task = asyncio.create_task(self._watch())
 
-    async def reload(self) -> None:
+    async def reload(self, demands: Demands | None = None) -> None:
         """Take over changed files; `WebConfigError` leaves what was in force."""
         before = self._tls
-        self.load()
+        self.load(demands)
         if self._runner is not None and (before is not None or self._tls is not None):
             await self._serve()
 
@@ -183,7 +196,7 @@ class Listener:
 
     def _look(self) -> object:
         """Something that differs once any file was replaced or written."""
-        files = [f for f in (self._config_file, self._bearer_file) if f is not None]
+        files = [f for f in (self._config_file, self._demands.bearer_token_file) if f is not None]
         tls = self._config.tls_server_config or TlsConfig()
         if self._config_file is not None:
             names = (tls.cert_file, tls.key_file, tls.client_ca_file)
@@ -204,7 +217,7 @@ class Listener:
         for transport, (since, served) in idle.items():
             if not served and now - since > self._request_timeout:
                 transport.close()
-        excess = len(open_now) - self._max_connections
+        excess = len(open_now) - self._demands.max_connections
         if excess > 0:
             for transport in sorted(idle, key=lambda t: idle[t][0])[:excess]:
                 transport.close()

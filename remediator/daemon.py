@@ -13,7 +13,7 @@ from typing import Any
 
 from exporter.kubernetes import AccessError, check_access, has_access
 from exporter.logs import get_logger
-from exporter.web import Listener, WebConfigError, loopback
+from exporter.web import Demands, Listener, WebConfigError, loopback
 from remediator import config
 from remediator.alertmanager import Reader
 from remediator.config import Config, ConfigError, Mode
@@ -36,6 +36,13 @@ _SWITCH = 0.0005
 
 # New objects until Python looks for cyclic garbage, of which a request leaves none.
 _GARBAGE = 20_000
+
+
+_OPEN = (
+    "whoever reaches this port could ask for fixes: give it credentials or client certificates "
+    "(--web.config.file, webhook.bearer_token_file), listen on 127.0.0.1, or set "
+    "webhook.allow_unauthenticated: true"
+)
 
 
 def load_config(
@@ -110,18 +117,21 @@ class Daemon:
             title=flags.node_name,
             dry_run=flags.dry_run,
         )
-        options = self._config.webhook
         app = self._api.application()
         self.listener = Listener(
-            app,
-            flags.listen,
-            flags.web_config_file,
-            bearer_token_file=Path(options.bearer_token_file)
-            if options.bearer_token_file
-            else None,
-            max_connections=options.max_connections,
+            app, flags.listen, flags.web_config_file, demands=self._demands(self._config)
         )
         app.middlewares.insert(0, self._api.counting())
+
+    def _demands(self, config: Config) -> Demands:
+        options = config.webhook
+        bearer = options.bearer_token_file
+        may_be_open = options.allow_unauthenticated or loopback(self._flags.listen[0])
+        return Demands(
+            bearer_token_file=Path(bearer) if bearer else None,
+            max_connections=options.max_connections,
+            never_open="" if may_be_open else _OPEN,
+        )
 
     def _make_reader(self) -> Reader:
         return Reader(
@@ -143,13 +153,15 @@ class Daemon:
                 if settings[name] != self._settings[name]
             }
             fixes = {**self._fixes, **make_fixes(self._flags, settings, changed)}
-            await self.listener.reload()
+            await self.listener.reload(self._demands(loaded))
         except (ConfigError, WebConfigError) as error:
             self._metrics.reload_successful.set(0)
             log.error("the old configuration stays in force", why=str(error))
             return str(error)
         self._config, self._settings = loaded, settings
         self._worker.fixes = self._fixes = fixes
+        bounds = loaded.journal
+        self._journal.bound(max_bytes=bounds.max_bytes, max_active=bounds.max_active)
         self._reader = self._make_reader()
         self._metrics.reload_successful.set(1)
         log.info("configuration reloaded")
@@ -174,7 +186,6 @@ class Daemon:
         await self._refuse_bad_access()
         try:
             self.listener.load()
-            self._refuse_openness(host)
             await self.listener.start()
         except (WebConfigError, OSError) as error:
             why = str(error) if isinstance(error, WebConfigError) else error.strerror
@@ -219,13 +230,3 @@ class Daemon:
                     return
             await self._journal.aclose()
             raise ConfigError(str(error)) from None
-
-    def _refuse_openness(self, host: str) -> None:
-        allowed = self._config.webhook.allow_unauthenticated
-        if self.listener.guarded or loopback(host) or allowed:
-            return
-        raise WebConfigError(
-            "whoever reaches this port could ask for fixes: give it credentials or client "
-            "certificates (--web.config.file, webhook.bearer_token_file), listen on 127.0.0.1, or "
-            "set webhook.allow_unauthenticated: true"
-        )

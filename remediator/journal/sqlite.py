@@ -65,6 +65,12 @@ class SqliteJournal:
         self._max_active = max_active
         self._known = accepting.Known()
         self._room = 0  # new ones that surely fit; counted anew when used up
+        self._room_of = max_active
+
+    def bound(self, *, max_bytes: int | None, max_active: int) -> None:
+        """Other bounds from the next commit on."""
+        self._max_active = max_active
+        self._writer.bound(max_bytes)
 
     def _now(self) -> float:
         return self._clock.now().timestamp()
@@ -83,8 +89,9 @@ class SqliteJournal:
     ) -> Sequence[Accepted | JournalError | ConflictError]:
         """Many messages in one go; those for which there's no room are refused whole."""
         wanted = sum([len(message.requests) for message in messages])
-        if self._room < wanted:
-            self._room = self._max_active - accepting.active(connection)
+        if self._room < wanted or self._room_of != self._max_active:
+            self._room_of = self._max_active
+            self._room = self._room_of - accepting.active(connection)
         taken: list[Message] = []
         for message in messages:
             if len(message.requests) <= self._room:
@@ -95,7 +102,7 @@ class SqliteJournal:
             self._room += len(message.requests) - outcome.created
         if len(taken) == len(messages):
             return accepted
-        full = JournalError(f"{self._max_active} remediations wait already, as many as may")
+        full = JournalError(f"{self._room_of} remediations wait already, as many as may")
         outcomes = dict(zip([message.id for message in taken], accepted, strict=True))
         return [outcomes.get(message.id, full) for message in messages]
 

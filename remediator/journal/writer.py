@@ -45,7 +45,8 @@ class Writer:
     ) -> None:
         self.path = path
         self._busy_timeout = busy_timeout
-        self._max_pages = None if max_bytes is None else max(64, max_bytes // _PAGE)
+        self._max_pages = _pages(max_bytes)
+        self._bounded_to = self._max_pages
         self._queue: queue.SimpleQueue[list[_Entry] | None] = queue.SimpleQueue()
         self._handing: list[_Entry] = []
         self._waiting = 0
@@ -53,6 +54,10 @@ class Writer:
         self._inode: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
         self._checked = False
+
+    def bound(self, max_bytes: int | None) -> None:
+        """Another largest size, from the next transaction on."""
+        self._max_pages = _pages(max_bytes)
 
     async def run(self, work: Work[T]) -> T:
         """Run `work` in a transaction; return when it is durable.
@@ -158,6 +163,15 @@ class Writer:
             batch[0].future.get_loop().call_soon_threadsafe(resolve)
 
     def _open(self) -> sqlite3.Connection:
+        """The connection, held to the bound in force."""
+        connection, wanted = self._opened(), self._max_pages
+        if wanted != self._bounded_to:
+            # SQLite's own bound, where none is wanted; never less than the file has.
+            connection.execute(f"PRAGMA max_page_count={wanted or 0xFFFFFFFE}")
+            self._bounded_to = wanted
+        return connection
+
+    def _opened(self) -> sqlite3.Connection:
         """The connection; opened anew where there is none or its file was moved away."""
         if self._connection is not None:
             try:
@@ -168,8 +182,9 @@ class Writer:
                 return self._connection
             # Going on would write to a file that no restart finds again.
             self._close()
+        self._bounded_to = self._max_pages
         self._connection = open_journal(
-            self.path, self._busy_timeout, self._max_pages, check=not self._checked
+            self.path, self._busy_timeout, self._bounded_to, check=not self._checked
         )
         self._checked = True
         found = self.path.stat()
@@ -181,6 +196,10 @@ class Writer:
             with contextlib.suppress(sqlite3.Error):  # a broken file may fail even here
                 self._connection.close()
             self._connection = None
+
+
+def _pages(max_bytes: int | None) -> int | None:
+    return None if max_bytes is None else max(64, max_bytes // _PAGE)
 
 
 def sentence(path: Path, error: Exception) -> str:

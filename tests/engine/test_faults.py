@@ -214,6 +214,55 @@ async def test_e13_a_broken_configuration_leaves_the_old_one(tmp_path: Path) -> 
         assert found["reason"] == "Cooldown"
 
 
+async def test_e13_a_reload_takes_over_webhook_and_journal_too(tmp_path: Path) -> None:
+    def configure(**config: object) -> None:
+        daemon.write_config(config, {"mode": "approval"})
+
+    async with running(tmp_path, policy={"mode": "approval"}) as daemon:
+        daemon.break_("web-1", "web-2")  # so that they wait, for approval
+        assert (await daemon.post(message(alert("web-1"))))[0] == 200
+        token = tmp_path / "token"
+        token.write_text("a-bearer-token-of-some-length\n")
+        bearer = {**JSON, "Authorization": "Bearer a-bearer-token-of-some-length"}
+        configure(
+            webhook={"bearer_token_file": str(token), "max_body_bytes": 2000},
+            journal={"max_active": 1},
+        )
+        assert (await daemon.post(b"", {}, "/-/reload"))[0] == 200
+        assert (await daemon.post(message(alert("web-2"))))[0] == 401
+        assert (await daemon.post(message(alert("web-1")), bearer))[0] == 503  # no room by now
+        assert (await daemon.post(b" " * 3000, bearer))[0] == 413
+        configure(webhook={"bearer_token_file": str(tmp_path / "none")})
+        status, text = await daemon.post(b"", bearer, "/-/reload")
+        assert (status, "none can't be read" in text) == (500, True)
+        assert (await daemon.post(message(alert("web-2")), bearer))[0] == 503  # as before
+        configure(webhook={"bearer_token_file": str(token)})
+        assert (await daemon.post(b"", bearer, "/-/reload"))[0] == 200
+        assert (await daemon.post(message(alert("web-2")), bearer))[0] == 200
+
+
+async def test_e31_a_reload_never_opens_to_everybody(tmp_path: Path) -> None:
+    file = web_config(tmp_path / "web.yml", PASSWORD)
+    port = free_port()
+    flags = (f"--web.listen-address=:{port}", f"--web.config.file={file}")
+    daemon = Daemon(tmp_path, flags=flags).start()
+    daemon.url = f"http://127.0.0.1:{port}"
+    try:
+        await daemon.ready()
+        file.write_text("")
+        status, text = await daemon.post(b"", basic("alertmanager", PASSWORD), "/-/reload")
+        assert (status, "allow_unauthenticated" in text) == (500, True)
+        ends = time.monotonic() + 30
+        while "the old web configuration stays in force" not in daemon.log():
+            assert time.monotonic() < ends, daemon.log()  # it looks at its files by itself, too
+            await asyncio.sleep(0.3)
+        assert (await daemon.post(message(alert("web-1"))))[0] == 401
+        body = message(alert("web-1"))
+        assert (await daemon.post(body, basic("alertmanager", PASSWORD)))[0] == 200
+    finally:
+        daemon.stop()
+
+
 async def test_e15_by_hand_and_the_daemon_never_meet(tmp_path: Path) -> None:
     async with running(tmp_path, settings={"delay": 4}) as daemon:
         daemon.break_("web-1", "web-2")

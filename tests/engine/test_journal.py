@@ -85,6 +85,19 @@ async def test_too_many_waiting_are_refused_until_some_have_ended(
     await journal.aclose()
 
 
+async def test_its_size_is_bounded_anew_while_it_is_open(journal: SqliteJournal) -> None:
+    await journal.accept([request()], "r1")
+    journal.bound(max_bytes=1, max_active=20_000)  # as little as it goes
+    with pytest.raises(JournalError, match=r"raise journal\.max_bytes"):
+        for number in range(1000):
+            await journal.accept([request(f"web-{number}-{n}") for n in range(10)], f"m{number}")
+    journal.bound(max_bytes=None, max_active=20_000)
+    assert (await journal.accept([request("after")], "r2")).created == 1
+    journal.bound(max_bytes=None, max_active=1)
+    with pytest.raises(JournalError, match="1 remediations wait"):
+        await journal.accept([request("one-more")], "r3")
+
+
 async def test_no_thread_to_be_had_is_a_journal_that_cannot_be_used(
     journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
