@@ -1,5 +1,6 @@
 """The systemd units, read by systemd itself, which needs no running systemd for that."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,6 +40,21 @@ def test_what_the_units_start_is_a_command_line_that_parses() -> None:
     assert len(started) == 2
     commands = {line: read(line.split(), {})[0].command for line in started}
     assert sorted(commands.values()) == ["run", "serve"]
+
+
+def test_the_pages_that_the_units_name_are_installed() -> None:
+    steps = (_UNITS / "README.md").read_text()
+    made = re.findall(r"^ +install .* -t (\S+) docs/\*\.md ", steps, re.MULTILINE)
+    pages = [
+        Path(line.removeprefix("Documentation=file://"))
+        for unit in _units()
+        for line in unit.read_text().splitlines()
+        if line.startswith("Documentation=")
+    ]
+    assert len(pages) > 1
+    for page in pages:
+        assert [str(page.parent)] == made
+        assert (_UNITS.parent.parent / "docs" / page.name).is_file()
 
 
 @pytest.mark.root
