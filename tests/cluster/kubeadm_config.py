@@ -30,6 +30,8 @@ class Settings:
     """host:port that stands for all control planes; empty: the first node's own address."""
     cluster: Mapping[str, Any] = field(default_factory=dict)
     """More of kubeadm's ClusterConfiguration."""
+    kubelet: Mapping[str, Any] = field(default_factory=dict)
+    """More of every kubelet's configuration."""
     certificate_key: str = ""
     """32 bytes in hexadecimal, under which the first control plane leaves the shared PKI in the
     cluster for others to join with; empty: none will."""
@@ -118,6 +120,7 @@ def _kubelet_configuration(settings: Settings) -> dict[str, Any]:
             "nodefs.inodesFree": "0%",
             "imagefs.available": "0%",
         },
+        **settings.kubelet,
     }
 
 
