@@ -218,8 +218,9 @@ class Act:
             if unplaced and clock - unplaced_from >= _NO_ROOM_AFTER:
                 await self._still_has_room(begun)
                 unplaced_from = clock
-            # What somebody's change brought about is no fault of the new ReplicaSet.
-            changed = begun.overtaken(found.deployment)
+            # That somebody's change left no room is no fault of the new ReplicaSet; a pod of it
+            # that has a node and doesn't become available is.
+            changed = begun.overtaken(found.deployment) and not any(p.node for p in pods)
             code = "ChangedMeanwhile" if changed else "NewPodNotAvailable"
             why = _state_of(pods)
             await self.sleep(settings.poll)
