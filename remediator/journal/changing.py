@@ -1,0 +1,111 @@
+"""Changes of the SQLite journal that take more than a statement, within a transaction.
+
+Each raises `ConflictError` before it has written anything, so that the others of its transaction
+are kept.
+"""
+
+# ruff: noqa: S608 - what is put into SQL text are constants of these modules, never values
+
+import sqlite3
+from collections.abc import Sequence
+
+from remediator.journal import ConflictError, rows
+from remediator.model import Phase, Remediation
+
+
+def merge_refusal(
+    connection: sqlite3.Connection, remediation_id: str, reason: str, message: str, now: float
+) -> Remediation | None:
+    """Fold a repeated refusal into the record of the last one; None where there is none."""
+    mine = one(connection, remediation_id)
+    if mine.phase.terminal or mine.started_at is not None:
+        return None
+    earlier = connection.execute(
+        "SELECT id, phase, reason FROM remediations WHERE fix = ? AND target = ? AND seq < "
+        "(SELECT seq FROM remediations WHERE id = ?) ORDER BY seq DESC LIMIT 1",
+        (mine.fix, mine.target.key, remediation_id),
+    ).fetchone()
+    if earlier is None or earlier["phase"] != Phase.SKIPPED or earlier["reason"] != reason:
+        return None
+    connection.execute("DELETE FROM remediations WHERE id = ?", (remediation_id,))
+    connection.execute(
+        "UPDATE remediations SET count = count + ?, last_seen_at = ?, message = ? WHERE id = ?",
+        (mine.count, now, message, earlier["id"]),
+    )
+    return one(connection, earlier["id"])
+
+
+def one(connection: sqlite3.Connection, remediation_id: str) -> Remediation:
+    row = connection.execute(
+        f"SELECT {rows.COLUMNS} FROM remediations WHERE id = ?",
+        (remediation_id,),
+    ).fetchone()
+    if row is None:
+        raise ConflictError(f"there is no remediation {remediation_id}")
+    return rows.remediation(row, rows.steps_of(connection, remediation_id))
+
+
+def pause(  # noqa: PLR0917 - in the order of the columns
+    connection: sqlite3.Connection, fix: str, since: float, by: str, why: str, reason: str
+) -> bool:
+    """False where it is paused already, which stays as it is."""
+    done = connection.execute(
+        "INSERT INTO pauses (fix, since, by, why, reason) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT (fix) DO NOTHING",
+        (fix, since, by, why, reason),
+    )
+    return done.rowcount == 1
+
+
+def change(  # noqa: PLR0917 - in the order of the statement it makes
+    connection: sqlite3.Connection,
+    assignments: str,
+    values: Sequence[object],
+    remediation_id: str,
+    where: str,
+    where_values: Sequence[object] = (),
+) -> None:
+    """Compare and set; `ConflictError` where the remediation isn't in the state it must be in."""
+    done = connection.execute(
+        f"UPDATE remediations SET {assignments} WHERE id = ? AND {where}",
+        (*values, remediation_id, *where_values),
+    )
+    if done.rowcount != 1:
+        found = one(connection, remediation_id)
+        approved = f", approved by {found.approved_by}" if found.approved_by else ""
+        raise ConflictError(f"{remediation_id} is {found.phase} ({found.reason}){approved}")
+
+
+def resume(connection: sqlite3.Connection, fix: str, by: str, now: float) -> bool:
+    """False where it wasn't paused. What was admitted so far counts towards no storm any more."""
+    done = connection.execute("DELETE FROM pauses WHERE fix = ?", (fix,))
+    if done.rowcount == 0:
+        return False
+    connection.execute(
+        "INSERT INTO resumed (fix, seq, by, at) "
+        "VALUES (?, (SELECT coalesce(max(seq), 0) FROM remediations WHERE fix = ? "
+        "AND admitted_json IS NOT NULL), ?, ?) "
+        "ON CONFLICT (fix) DO UPDATE SET seq = excluded.seq, by = excluded.by, "
+        "at = excluded.at",
+        (fix, fix, by, now),
+    )
+    return True
+
+
+def prune(connection: sqlite3.Connection, before: float, max_records: int) -> int:
+    """Drop some of what is older than `before` (seconds since 1970) or in excess; how many."""
+    done = connection.execute(
+        "DELETE FROM remediations WHERE seq IN (SELECT seq FROM remediations "
+        "WHERE ended_at < ? AND last_seen_at < ? LIMIT 500)",
+        (before, before),
+    ).rowcount
+    ended = connection.execute(
+        "SELECT count(*) FROM remediations WHERE ended_at IS NOT NULL"
+    ).fetchone()[0]
+    # Refusals go first: what acted is what cooldowns and storm limits are counted from.
+    done += connection.execute(
+        "DELETE FROM remediations WHERE seq IN (SELECT seq FROM remediations "
+        "WHERE ended_at IS NOT NULL ORDER BY phase <> 'Skipped', seq LIMIT ?)",
+        (min(500, max(0, ended - max_records)),),
+    ).rowcount
+    return done
