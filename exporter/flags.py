@@ -163,7 +163,13 @@ def destination(name: str) -> str:
 
 
 def _help(text: str, variable: str, default: Any) -> str:
-    shown = "" if default in (None, "", ()) else f", default {default}"
+    match default:
+        case None | "" | ():
+            shown = ""
+        case (str(host), int(port)):  # as `listen_address` reads it
+            shown = f", default {host}:{port}"
+        case _:
+            shown = f", default {default}"
     return f"{text} [{variable}{shown}]".replace("%", "%%")
 
 

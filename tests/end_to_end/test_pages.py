@@ -83,7 +83,6 @@ def test_series_have_the_labels_of_the_contract(
             "upkeep_certificate_read_errors",  # every file is well
             "upkeep_agent_last_seen_timestamp_seconds",  # there are no agents in host mode
             "upkeep_workload_unschedulable_seconds",  # every StatefulSet and DaemonSet has its node
-            "upkeep_zombie_scan_fallbacks_total",  # the cheap scan never had to give way
         }
         until("a series of each family", complete, stack)
     for name, labels in seen.items():

@@ -48,6 +48,13 @@ def test_every_flag_has_an_environment_twin_and_the_flag_wins(tmp_path: Path) ->
     assert (settings.log_level, settings.log_format) == ("debug", "json")
 
 
+def test_the_help_shows_defaults_as_they_are_given() -> None:
+    said = " ".join(config.parser({}).format_help().split())
+    assert "[UPKEEP_WEB_LISTEN_ADDRESS, default :9790]" in said
+    assert "[UPKEEP_PATH_PROCFS, default /proc]" in said
+    assert "[UPKEEP_KUBECONFIG]" in said
+
+
 def test_repeated_flags_add_up() -> None:
     settings, _ = config.parse(["--certificates.path=/a", "--certificates.path=/b"], {})
     assert settings.certificate_paths == ("/a", "/b")
