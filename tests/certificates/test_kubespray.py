@@ -272,7 +272,7 @@ if SOAK:  # a minute or two; the stacked layout's is in every run
     def test_c13_expired_certificates_are_recovered_with_etcd_running_on(
         cluster: KubeadmCluster, node: Node
     ) -> None:
-        """etcd's own have not expired: so there is a snapshot, and etcd is not stopped for a copy."""
+        """etcd's own have not: so there is a snapshot, and etcd is not stopped for a copy."""
         etcd_before, pid_before = on_disk(node), etcd_pid(node)
         set_remaining(node, -1)
 
