@@ -68,8 +68,9 @@ def after_check(remediation: Remediation, condition: Condition, facts: Facts) ->
         if refusal is not None:
             return refusal
     if facts.dry_run or facts.policy.mode is Mode.DRY_RUN:
-        would = " ".join(condition.plan) or "act"
-        return _refuse("DryRun", f"{condition.message} Dry run, nothing done. Would: {would}")
+        would = "; ".join(sentence.rstrip(".") for sentence in condition.plan) or "act"
+        found = condition.message.rstrip(".")
+        return _refuse("DryRun", f"{found}. Dry run, nothing done. Would: {would}.")
     if by_hand:
         return _admit("ByHand", condition)
     return _wait(remediation, facts) or _admit("Admitted", condition)

@@ -214,6 +214,19 @@ def test_c17_a_component_in_its_back_off_is_waited_for(
     assert_healthy(no_lease, within=90)
 
 
+def test_c31_an_annotation_on_the_node_forbids_it(no_lease: KubeadmCluster, tmp_path: Path) -> None:
+    node = no_lease.nodes[0].name
+    before = serials(no_lease)
+    no_lease.kubectl("annotate", "node", node, "upkeep.dev/remediation=disabled")
+    try:
+        said = drive(no_lease, tmp_path, force=True, settings={"restart": "none"})
+    finally:
+        no_lease.kubectl("annotate", "node", node, "upkeep.dev/remediation-")
+    assert (said["phase"], said["reason"]) == ("Skipped", "OptedOut")
+    assert node in said["message"]
+    assert serials(no_lease) == before
+
+
 async def test_a_restore_waits_for_no_other_and_is_in_use(
     no_lease: KubeadmCluster, tmp_path: Path
 ) -> None:

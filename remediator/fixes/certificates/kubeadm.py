@@ -25,6 +25,8 @@ _USUAL_CONFIGURATIONS = (
     "/etc/kubernetes/kubeadm.yaml",
 )
 
+_ENCODED = re.compile(r"[A-Za-z0-9+/=]{48,}")
+
 
 class KubeadmError(Exception):
     """kubeadm is missing, hung, or failed; the sentence has its own last line."""
@@ -90,10 +92,11 @@ class Kubeadm:
             lines = [
                 line
                 for line in done.output.splitlines()
-                if line.strip() and not line.startswith("To see the stack trace")
+                if line.strip() and not line.startswith(("To see the stack trace", "-----"))
             ]
             last = next((line for line in lines if "error" in line.lower()), (lines or [""])[-1])
-            raise KubeadmError("KubeadmFailed", f"kubeadm failed ({done.status}): {last[:500]}")
+            words = _ENCODED.sub("…", last)[:500]  # it has keys at hand, and -v prints a lot
+            raise KubeadmError("KubeadmFailed", f"kubeadm failed ({done.status}): {words}")
         return done
 
 
