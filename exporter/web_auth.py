@@ -53,10 +53,11 @@ class Access:
         if not self._users and self._bearer is None:
             return None
         scheme, _, value = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._bearer is not None:
-            if hmac.compare_digest(_digest(value.strip().encode()), self._bearer):
+        if self._bearer is not None:  # compared whatever came, so that nothing tells what was wrong
+            token = value.strip() if scheme.lower() == "bearer" else ""
+            if hmac.compare_digest(_digest(token.encode(errors="surrogateescape")), self._bearer):
                 return None
-        elif scheme.lower() == "basic" and self._users:
+        if scheme.lower() == "basic" and self._users:
             if self._waiting >= _WAITING:
                 return web.Response(status=503, text="Too many logins at once; try again.\n")
             if await self._basic(value.strip()):
