@@ -94,6 +94,10 @@ class Known:
         """May be asked by any thread."""
         return request in self._held
 
+    def active(self, request: Request) -> bool:
+        """Whether its target surely has an active remediation. May be asked by any thread."""
+        return (request.fix, request.target) in self._latest
+
     def add(self, request: Request) -> None:
         alerts = self._latest.setdefault((request.fix, request.target), {})
         before = alerts.get(request.fingerprint)
@@ -114,7 +118,7 @@ class Known:
 class Message:
     """What one webhook message asks for, made ready for the journal's thread."""
 
-    __slots__ = ("firing", "generation", "id", "news", "requests", "rows")
+    __slots__ = ("beginnings", "firing", "generation", "id", "news", "requests", "rows")
 
     def __init__(self, request_id: str, requests: Sequence[Request], known: Known) -> None:
         self.id = request_id
@@ -124,6 +128,8 @@ class Message:
         fresh = [item for item in enumerate(requests) if not known.has(item[1])]
         self.news = [request for _, request in fresh]
         self.rows = _rows(request_id, fresh)
+        # A new alert of a target at which something is under way begins nothing.
+        self.beginnings = _rows(request_id, [item for item in fresh if not known.active(item[1])])
 
 
 def _rows(request_id: str, numbered: Iterable[tuple[int, Request]]) -> bytes:
@@ -137,6 +143,10 @@ def _rows(request_id: str, numbered: Iterable[tuple[int, Request]]) -> bytes:
             for number, request in numbered
         ]
     )[1:-1]
+
+
+def _batch(rows: Sequence[bytes]) -> str:
+    return (b"[" + b",".join(rows) + b"]").decode()
 
 
 @lru_cache(maxsize=8192)
@@ -161,14 +171,15 @@ def accept(
             ):
                 part = list(run)
                 if firing:
-                    work.fire(_rows(message.id, part), [request for _, request in part])
+                    rows = _rows(message.id, part)
+                    work.fire(rows, rows, [request for _, request in part])
                 else:
                     work.resolve(message.id, [request for _, request in part])
         elif message.generation == known.generation:
-            work.fire(message.rows, message.news)
+            work.fire(message.beginnings, message.rows, message.news)
         else:
             rows = _rows(message.id, enumerate(message.requests))
-            work.fire(rows, message.requests)
+            work.fire(rows, rows, message.requests)
     work.flush()
     return [work.outcome(message) for message in messages]
 
@@ -180,12 +191,16 @@ class _Work:
         self._connection = connection
         self._now = now
         self._known = known
+        self._beginnings: list[bytes] = []
         self._rows: list[bytes] = []
         self._fired: list[Request] = []
         self._created: dict[str, int] = {}
         self._cancelled: dict[str, list[tuple[str, str]]] = {}
 
-    def fire(self, rows: bytes, requests: Sequence[Request]) -> None:
+    def fire(self, beginnings: bytes, rows: bytes, requests: Sequence[Request]) -> None:
+        """beginnings: those of `rows` that may need a remediation of their own."""
+        if beginnings:
+            self._beginnings.append(beginnings)
         if rows:
             self._rows.append(rows)
             self._fired += requests
@@ -193,14 +208,15 @@ class _Work:
     def flush(self) -> None:
         if not self._rows:
             return
-        batch = (b"[" + b",".join(self._rows) + b"]").decode()
-        for row in self._connection.execute(_INSERT, (batch, self._now, self._now)).fetchall():
-            request_id = row[0].rpartition("-")[0]
-            self._created[request_id] = self._created.get(request_id, 0) + 1
-        self._connection.execute(_JOIN, (batch,))
+        if self._beginnings:
+            values = (_batch(self._beginnings), self._now, self._now)
+            for row in self._connection.execute(_INSERT, values).fetchall():
+                request_id = row[0].rpartition("-")[0]
+                self._created[request_id] = self._created.get(request_id, 0) + 1
+        self._connection.execute(_JOIN, (_batch(self._rows),))
         for request in self._fired:
             self._known.add(request)
-        self._rows, self._fired = [], []
+        self._beginnings, self._rows, self._fired = [], [], []
 
     def resolve(self, request_id: str, requests: Sequence[Request]) -> None:
         self.flush()
