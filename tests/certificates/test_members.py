@@ -113,6 +113,13 @@ def test_c26_a_list_that_is_not_whole_proves_nothing(tmp_path: Path, seed: int) 
         broken.write_bytes(whole[:size])
         with pytest.raises(MembersError):
             read_members(broken, pause=lambda _: None)
+    for offset in range(16, 80):  # the meta pages, after their headers: nothing of them is guessed
+        data = bytearray(whole)
+        for page in (0, 4096):
+            data[page + offset] ^= 1
+        broken.write_bytes(data)
+        with pytest.raises(MembersError):
+            read_members(broken, pause=lambda _: None)
     chance = random.Random(seed)
     used = len(whole.rstrip(b"\0"))
     for _ in range(200):

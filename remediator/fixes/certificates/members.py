@@ -60,7 +60,8 @@ def stored_members(root: Root) -> list[StoredMember]:
     if not flags and not root.exists(ETCD_STASH):
         raise MembersError("this node has no etcd of its own")
     directory = flags.get("data-dir", "/var/lib/etcd")
-    return read_members(Path(root.resolve(f"{directory}/{_DATABASE}")))
+    members = read_members(Path(root.resolve(f"{directory}/{_DATABASE}")))
+    return sorted(members, key=lambda member: member.name)
 
 
 def read_members(
