@@ -1,4 +1,4 @@
-"""The real parts as pytest fixtures, of session scope: made when first asked for, shared by all.
+"""The real parts as pytest fixtures, made when first asked for and shared: by all, or by a module.
 
 A test that changes them puts back what it changed. Logs stay in pytest's folder for temporary
 files; when a test that used a real part fails, their places and last lines are in its report.
@@ -38,11 +38,12 @@ def _kubeadm_cluster(
         yield cluster
 
 
-@pytest.fixture(scope="session", name="joined_cluster")
+@pytest.fixture(scope="module", name="joined_cluster")
 def _joined_cluster(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Iterator[KubeadmCluster]:
-    """Three control planes with stacked etcd behind a balancer."""
+    """Three control planes with stacked etcd behind a balancer, for one module only: even at rest
+    they take a good part of two cores."""
     with joined_cluster(tmp_path_factory.mktemp("joined")) as cluster:
         _remember(pytestconfig, "joined_cluster", cluster.nodes)
         yield cluster
