@@ -38,7 +38,7 @@ def drive(
     folder.mkdir(exist_ok=True)
     command: list[str | Path] = [PYTHON, "-m", "tests.certificates.driver", folder]
     command.append(json.dumps(options))
-    with _no_lingering(cluster):
+    with no_lingering(cluster):
         done = cluster.nodes[0].run(command, check=False, timeout=timeout)
     for line in done.stderr.splitlines():
         if "event=step" not in line and 'event="step' not in line:  # said in plain words as well
@@ -51,7 +51,7 @@ def drive(
 
 
 @contextmanager
-def _no_lingering(cluster: KubeadmCluster) -> Iterator[None]:
+def no_lingering(cluster: KubeadmCluster) -> Iterator[None]:
     """End an API server that listens no more and only waits, a minute long, for open watches."""
     address = cluster.server.removeprefix("https://").rpartition(":")[0]
     stop = threading.Event()
@@ -173,7 +173,7 @@ SCENARIOS = {
     "rotation": Scenario(range(1, 23)),
     "roll-back": Scenario(range(8, 21), options={"sabotage": "half"}),
     "roll-back-in-use": Scenario(
-        range(12, 25), options={"sabotage": "etcd", "settings": {"component_timeout": 25}}
+        range(12, 25), options={"sabotage": "etcd", "settings": {"component_timeout": 45}}
     ),
     "restore": Scenario(range(1, 17), _prepare_restore),
     "recovery": Scenario(range(1, 25), _prepare_recovery),

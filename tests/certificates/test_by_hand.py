@@ -106,7 +106,7 @@ def test_c28_a_kubeadm_that_outlives_its_remediator_is_waited_for(
     mark = tmp_path / "begun"
     slow.write_text(
         # Without a pipe: one would end it at its first word, since nobody reads that any more.
-        f'#!/bin/sh\ncase "$*" in *renew*) touch {mark}; sleep 8; exec >/dev/null 2>&1;; esac\n'
+        f'#!/bin/sh\ncase "$*" in *renew*) touch {mark}; sleep 4; exec >/dev/null 2>&1;; esac\n'
         f'exec {pki.binaries.kubeadm} "$@"\n'
     )
     slow.chmod(0o755)
@@ -127,5 +127,5 @@ def test_c28_a_kubeadm_that_outlives_its_remediator_is_waited_for(
     with closing(sqlite3.connect(tmp_path / "journal.db")) as journal:
         (left,) = journal.execute("SELECT phase, reason FROM remediations WHERE seq = 1")
     assert left == ("Succeeded", "Renewed")
-    time.sleep(9)  # whatever was still to come of it
+    time.sleep(5)  # whatever was still to come of it
     assert serials(pki) == after
