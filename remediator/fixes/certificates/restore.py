@@ -19,6 +19,7 @@ from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.backup import (
     ARCHIVE,
+    ETCD_DIRECTORY,
     INDEX,
     Backup,
     BackupError,
@@ -29,7 +30,7 @@ from remediator.fixes.certificates.backup import (
     read_files,
 )
 from remediator.fixes.certificates.cluster import opted_out
-from remediator.fixes.certificates.host_etcd import restorable_files
+from remediator.fixes.certificates.host_etcd import UNIT, restorable_files
 from remediator.fixes.certificates.layout import PairError, check_pair, read_layout
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import RefusedError, components_here
@@ -127,6 +128,9 @@ class Restore:
             f"keep what is there now as a backup in {self._settings.backup_directory}",
             f"put back {', '.join(index.serials)} with their keys and CAs",
         ]
+        if any(path.startswith(f"{ETCD_DIRECTORY}/") for path in index.files):
+            sentences.append(f"put back {ETCD_DIRECTORY} where its CA is the same as now")
+            sentences.append(f"have systemd restart {UNIT} if that changed its files")
         components = components_here(self._root)
         if plan.expired:
             sentences.append("restart nothing, because they have expired")
