@@ -109,7 +109,10 @@ class Worker:
                 if remediation.phase is Phase.RUNNING:  # half-done, so not to be given up
                     await asyncio.sleep(_ERROR_RETRY)
                 else:
-                    await self._end(remediation, Phase.FAILED, "InternalError", INTERNAL)
+                    try:
+                        await self._end(remediation, Phase.FAILED, "InternalError", INTERNAL)
+                    except (ConflictError, JournalError) as error:
+                        log.error("its end can't be recorded", why=str(error))
 
     async def _handle(self, remediation: Remediation) -> None:
         if remediation.claim is not None:
@@ -294,10 +297,13 @@ class Worker:
         await self._end_surely(remediation, outcome)
 
     async def _end_surely(self, remediation: Remediation, outcome: Outcome) -> None:
-        """Record how it came out, however long the journal is away."""
+        """Record how it came out, however long the journal is away; who lost the claim may not."""
         delay = 0.5
         while True:
             try:
+                found = await self._journal.get(remediation.id)
+                if found is None or found.claim != self._claim:
+                    raise ConflictError(f"{remediation.id} is no longer this process's to end")
                 await self._end(remediation, outcome.phase, outcome.reason, outcome.message)
             except JournalError as error:
                 log.error("how it ended can't be recorded yet", why=str(error))
