@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from exporter.checks.certificates import Root
-from remediator.fixes.certificates import commands
+from remediator.fixes.certificates import commands, kubeadm
+from remediator.fixes.certificates.cluster import default_configuration
 from remediator.fixes.certificates.kubeadm import (
     certificate_life,
     certificates_directory,
@@ -179,3 +180,18 @@ def test_how_a_node_joined_is_no_configuration_to_renew_with(tmp_path: Path) -> 
     assert find_configuration(Root(tmp_path), "", "") == ""
     file.write_text(init_configuration("v1.20.2", "n", "192.0.2.1", Settings()))
     assert find_configuration(Root(tmp_path), "", "") == "/etc/kubernetes/kubeadm.yaml"
+
+
+async def test_c13_the_defaults_said_to_kubeadm_are_those_it_has(make_pki: MakePki) -> None:
+    pki = make_pki(timedelta(days=-1))
+    before = serials(pki)
+    root = Root(pki.rootfs)
+    path = str(pki.binaries.kubeadm)
+    real = kubeadm.Kubeadm(root, commands.run, path=path, timeout=120)
+    file = pki.rootfs / "etc/defaults.yaml"
+    file.write_text(default_configuration(await real.version(), root, "node-a"))
+    await real.renew_all("/etc/defaults.yaml")
+    assert all(before[name] != serial for name, serial in serials(pki).items())
+    for minor, wanted in ((15, "v1beta2"), (21, "v1beta2"), (22, "v1beta3"), (31, "v1beta4")):
+        said = list(yaml.safe_load_all(default_configuration((1, minor), root, "n")))
+        assert {document["apiVersion"] for document in said} == {f"kubeadm.k8s.io/{wanted}"}

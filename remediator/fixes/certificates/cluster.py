@@ -68,6 +68,23 @@ async def fetch_configuration(api: ApiServer, root: Root, node: str) -> str:
         version = yaml.safe_load(text)["apiVersion"]
     except (yaml.YAMLError, TypeError, KeyError):
         return ""
+    return _for_this_node(text, version, root, node)
+
+
+def default_configuration(version: tuple[int, int], root: Root, node: str) -> str:
+    """kubeadm's own defaults, said to it: without any file it asks the cluster, and an API server
+    that has lost its etcd lets it wait until its time is up. version: kubeadm's."""
+    _, minor = version
+    of_format = "v1beta2" if minor < 22 else "v1beta3" if minor < 31 else "v1beta4"
+    cluster = {
+        "apiVersion": f"kubeadm.k8s.io/{of_format}",
+        "kind": "ClusterConfiguration",
+        "kubernetesVersion": f"v1.{minor}.0",
+    }
+    return _for_this_node(yaml.safe_dump(cluster), cluster["apiVersion"], root, node)
+
+
+def _for_this_node(text: str, version: str, root: Root, node: str) -> str:
     address = manifest_flags(root, "kube-apiserver").get("advertise-address", "")
     init = {
         "apiVersion": version,

@@ -22,7 +22,11 @@ from exporter.kubernetes.access import AccessError
 from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.backup import directory_problem, space_problem
-from remediator.fixes.certificates.cluster import fetch_configuration, refuse_unready_peers
+from remediator.fixes.certificates.cluster import (
+    default_configuration,
+    fetch_configuration,
+    refuse_unready_peers,
+)
 from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access, quorum_problem
 from remediator.fixes.certificates.kubeadm import (
     Kubeadm,
@@ -96,7 +100,7 @@ class Preflight:
         """How to rotate. RefusedError where it must not be done."""
         await asyncio.to_thread(self._check_files, layout)
         try:
-            await self._kubeadm.version()
+            version = await self._kubeadm.version()
         except KubeadmError as error:
             raise RefusedError(error.reason, str(error)) from None
         components = components_here(self._root)
@@ -108,6 +112,9 @@ class Preflight:
                 await self._refuse_unless_expired(layout, str(error), by_person=by_person)
                 recovery = True
         config = self._configuration(layout, fetched=bool(fetched))
+        if recovery and not config:
+            fetched = default_configuration(version, self._root, self._node)
+            config = saved_configuration(self._settings)
         text = fetched if config == saved_configuration(self._settings) and fetched else ""
         life = certificate_life(text or read_configuration(self._root, config))
         self._refuse_what_would_not_help(layout, life)
