@@ -76,11 +76,14 @@ async def foreign_apiserver(arguments: Sequence[str], timeout: float) -> command
     return done
 
 
-async def foreign_etcd(arguments: Sequence[str], timeout: float) -> commands.Completed:
-    """kubeadm, after which nobody trusts what etcd will serve."""
+async def unusable_scheduler(arguments: Sequence[str], timeout: float) -> commands.Completed:
+    """kubeadm, after which the scheduler ends as soon as it starts."""
     done = await commands.run(arguments, timeout)
     if "renew" in arguments:
-        _sign_by_another("etcd/server")
+        kubeconfig = PKI.parent / "scheduler.conf"
+        contradiction = "insecure-skip-tls-verify: true\n    certificate-authority-data:"
+        text = kubeconfig.read_text().replace("certificate-authority-data:", contradiction)
+        kubeconfig.write_text(text)
     return done
 
 
@@ -97,7 +100,7 @@ async def half(arguments: Sequence[str], timeout: float) -> commands.Completed:
 SABOTAGES: Mapping[str, commands.Run] = {
     "": commands.run,
     "apiserver": foreign_apiserver,
-    "etcd": foreign_etcd,
+    "scheduler": unusable_scheduler,
     "half": half,
 }
 

@@ -173,7 +173,11 @@ SCENARIOS = {
     "rotation": Scenario(range(1, 23)),
     "roll-back": Scenario(range(8, 21), options={"sabotage": "half"}),
     "roll-back-in-use": Scenario(
-        range(12, 25), options={"sabotage": "etcd", "settings": {"component_timeout": 45}}
+        range(14, 23),
+        options={
+            "sabotage": "scheduler",
+            "settings": {"component_timeout": 45, "restart": "needed"},
+        },
     ),
     "restore": Scenario(range(1, 17), _prepare_restore),
     "recovery": Scenario(range(1, 25), _prepare_recovery),

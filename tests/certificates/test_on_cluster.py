@@ -133,13 +133,12 @@ async def test_c5_a_peer_that_is_not_ready_is_named(kubeadm_cluster: KubeadmClus
         kubeadm_cluster.kubectl("delete", "node", "peer")
 
 
-def _rolled_back(cluster: KubeadmCluster, folder: Path, component: str, timeout: float) -> None:
+def _rolled_back(cluster: KubeadmCluster, folder: Path, component: str, **settings: Any) -> None:
     make_patient(cluster)
     before = serials(cluster)
-    settings = {"component_timeout": timeout}
     answer = drive(cluster, folder, force=True, sabotage=component, settings=settings)
     assert (answer["phase"], answer["reason"]) == ("Failed", "RolledBack")
-    assert component in answer["message"]
+    assert f"kube-{component}" in answer["message"]
     assert serials(cluster) == before
     assert_healthy(cluster)
 
@@ -147,9 +146,9 @@ def _rolled_back(cluster: KubeadmCluster, folder: Path, component: str, timeout:
 def test_c12_a_component_that_does_not_come_up_is_rolled_back(
     no_lease: KubeadmCluster, tmp_path: Path, *, soak: bool
 ) -> None:
-    _rolled_back(no_lease, tmp_path, "etcd", 45)
+    _rolled_back(no_lease, tmp_path, "scheduler", component_timeout=40, restart="needed")
     if soak:  # its back-off alone takes minutes
-        _rolled_back(no_lease, tmp_path / "again", "apiserver", 90)
+        _rolled_back(no_lease, tmp_path / "again", "apiserver", component_timeout=90)
 
 
 def _stale(cluster: KubeadmCluster) -> set[str]:
