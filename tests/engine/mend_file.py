@@ -78,6 +78,8 @@ class MendFile:
                     await asyncio.sleep(3600)
             self.act(target)
             await asyncio.sleep(self.settings.delay)
+            while (self.directory / "hold").exists():  # until the test lets go
+                await asyncio.sleep(0.02)
             if self.settings.misbehave != "leave":
                 (self.directory / target.pod).unlink()
         return Outcome(phase=Phase.SUCCEEDED, reason="Mended", message="the file is gone")

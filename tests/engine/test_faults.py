@@ -264,14 +264,15 @@ async def test_e31_a_reload_never_opens_to_everybody(tmp_path: Path) -> None:
 
 
 async def test_e15_by_hand_and_the_daemon_never_meet(tmp_path: Path) -> None:
-    async with running(tmp_path, settings={"delay": 4}) as daemon:
-        daemon.break_("web-1", "web-2")
+    async with running(tmp_path, settings={"deadline": 600}) as daemon:
+        daemon.break_("web-1", "web-2", "hold")
         await daemon.post(message(alert("web-1")))
         while daemon.acts() != ["web-1"]:
             await asyncio.sleep(0.02)
         refused = await asyncio.to_thread(daemon.cli, "run", "mend-file", "--pod=web-1")
         assert refused.returncode == 1
         assert "wait for it" in refused.stderr
+        (daemon.files / "hold").unlink()
         done = await asyncio.to_thread(daemon.cli, "run", "mend-file", "--pod=web-2", "-o", "json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["phase"] == "Succeeded"
