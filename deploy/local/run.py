@@ -21,6 +21,7 @@ from deploy.local.findings import sentences
 from deploy.local.observe import UnreachableError, get_text
 from deploy.local.processes import StartError
 from deploy.local.stack import Settings, Stack
+from exporter.kubernetes import AccessError, check_access
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".run"
@@ -64,10 +65,18 @@ def settings(environ: Mapping[str, str]) -> Settings:
 
 
 def find_kubeconfig(environ: Mapping[str, str]) -> Path | None:
-    """$KUBECONFIG, ~/.kube/config or kubeadm's admin.conf: the first that can be read."""
+    """$KUBECONFIG, ~/.kube/config or kubeadm's admin.conf: the first that can be used."""
     candidates = [Path(p) for p in environ.get("KUBECONFIG", "").split(os.pathsep) if p]
     candidates += [Path.home() / ".kube/config", Path("/etc/kubernetes/admin.conf")]
-    return next((path for path in candidates if os.access(path, os.R_OK)), None)
+    return next((path for path in candidates if _can_be_used(path)), None)
+
+
+def _can_be_used(kubeconfig: Path) -> bool:
+    try:
+        check_access(kubeconfig, {})
+    except AccessError:
+        return False
+    return True
 
 
 def say(text: str) -> None:

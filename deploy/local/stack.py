@@ -210,7 +210,8 @@ class Stack:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with the checkout importable wherever a program is started."""
+    """Ours, with the checkout importable; which kubeconfig to use is said by flags alone."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, "PYTHONPATH": path}
+    ours = {name: value for name, value in os.environ.items() if name != "KUBECONFIG"}
+    return {**ours, "PYTHONPATH": path}

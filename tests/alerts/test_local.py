@@ -25,6 +25,7 @@ from deploy.local.debian import binary
 from deploy.local.findings import sentences
 from deploy.local.processes import Program, StartError, port_for
 from deploy.local.run import find_kubeconfig, settings
+from tests.exporter.test_main import CONFIG
 
 ADDRESSES = Addresses(
     exporters=["127.0.0.1:1"], remediators=["127.0.0.1:2"], alertmanagers=["127.0.0.1:3"]
@@ -122,10 +123,11 @@ def test_dry_run_unless_told_to_enforce(tmp_path: Path, monkeypatch: pytest.Monk
     assert settings({"ENFORCE": "1"}).enforce is True
 
 
-def test_rollouts_are_on_where_a_kubeconfig_can_be_read(tmp_path: Path) -> None:
-    kubeconfig = tmp_path / "config"
-    kubeconfig.touch()
-    environ = {"KUBECONFIG": f"{tmp_path / 'nowhere'}{os.pathsep}{kubeconfig}"}
+def test_rollouts_are_on_where_a_kubeconfig_can_be_used(tmp_path: Path) -> None:
+    kubeconfig, empty = tmp_path / "config", tmp_path / "empty"
+    kubeconfig.write_text(CONFIG)
+    empty.touch()
+    environ = {"KUBECONFIG": os.pathsep.join(map(str, (tmp_path / "nowhere", empty, kubeconfig)))}
     assert find_kubeconfig(environ) == kubeconfig
     assert settings(environ).exporter == [f"--kubeconfig={kubeconfig}"]
 

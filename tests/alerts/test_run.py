@@ -62,8 +62,9 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture
 def running(home: Path, tmp_path: Path) -> Iterator[Run]:
     cache = os.environ.get("UPKEEP_CACHE") or str(Path.home() / ".cache/upkeep")
+    gone = str(home / "gone")  # of a cluster that was taken away
     run = Run(
-        tmp_path / "state", tmp_path / "output", HOME=str(home), UPKEEP_CACHE=cache, KUBECONFIG=""
+        tmp_path / "state", tmp_path / "output", HOME=str(home), UPKEEP_CACHE=cache, KUBECONFIG=gone
     )
     try:
         yield run
