@@ -78,7 +78,7 @@ class Known:
         self._latest: dict[tuple[str, Target], dict[str, Request]] = {}
         self._valid_for: tuple[sqlite3.Connection | None, int] = (None, 0)
         self.generation = 0
-        """Grows whenever something is forgotten."""
+        """Grows once something has been forgotten: who reads the new one finds it gone."""
 
     def fit(self, connection: sqlite3.Connection) -> None:
         """Forget all where the connection is new (after any error) or another process wrote."""
@@ -86,8 +86,8 @@ class Known:
         # Compared by identity: a connection that failed is closed and never comes back.
         known, known_version = self._valid_for
         if known is not connection or known_version != version or len(self._held) > _MOST_KNOWN:
-            self.generation += 1
             self._held, self._latest = set(), {}
+            self.generation += 1
         self._valid_for = (connection, version)
 
     def has(self, request: Request) -> bool:
@@ -110,9 +110,9 @@ class Known:
 
     def forget(self, fix: str, target: Target) -> None:
         """A remediation of this fix and target ended, or one of its alerts resolved."""
-        self.generation += 1
         for request in self._latest.pop((fix, target), {}).values():
             self._held.discard(request)
+        self.generation += 1
 
 
 class Message:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from remediator.journal import Accepted, ConflictError, JournalError
+from remediator.journal.accepting import Known
 from remediator.journal.sqlite import SqliteJournal
 from remediator.journal.writer import open_journal
 from remediator.model import Phase, Request
@@ -130,6 +131,22 @@ async def test_an_alert_known_when_it_came_is_written_if_its_remediation_ended_m
         journal.accept([request(firing=False)], "r4"), journal.accept([request()], "r5")
     )
     assert answer.created == 1
+
+
+def test_what_is_forgotten_is_gone_before_its_generation_is() -> None:
+    """Another thread may look in between: with the new generation it must find nothing old."""
+    seen: list[int] = []
+
+    class Watched(set[Request]):
+        def discard(self, element: object) -> None:
+            seen.append(known.generation)
+            super().discard(element)
+
+    known = Known()
+    known._held = Watched()
+    known.add(request())
+    known.forget(request().fix, request().target)
+    assert (seen, known.generation, known.has(request())) == ([0], 1, False)
 
 
 async def test_another_process_ending_one_is_seen_by_the_next_alert(
