@@ -161,7 +161,7 @@ def test_c5_c7_a_peer_lost_on_the_way_is_a_failure_that_stops_the_others(
     old, etcd = serials(a), component_pid(a, "etcd")
     admin = a.root / "etc/kubernetes/admin.conf"
     written = admin.stat().st_mtime
-    rotation = Run(a, "--force", component_timeout=15)
+    rotation = Run(a, "--force", component_timeout=45)
     eventually(lambda: admin.stat().st_mtime != written, pause=0.05)
     with frozen_etcd(c):  # kubeadm is at work on a; etcd's turn comes after it
         failed = rotation.end()
