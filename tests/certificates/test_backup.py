@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from remediator.fixes.certificates.backup import (
     directory_problem,
     load,
     prune,
+    put_back,
+    read_files,
     space_problem,
 )
 from remediator.fixes.certificates.copies import renew_copy
@@ -50,6 +53,39 @@ async def test_only_so_many_backups_are_kept(make_pki: MakePki) -> None:
         "20200105T000000Z",
         "somebody-elses",
     }
+
+
+async def test_c1_no_damaged_archive_is_put_back(make_pki: MakePki) -> None:
+    pki = make_pki()
+    root = Root(pki.rootfs)
+    folder = pki.rootfs / BACKUPS.lstrip("/") / await rotated(pki)
+    backup = load(folder)
+    archive = folder / "files.tar.gz"
+    whole = archive.read_bytes()
+    step = len(whole) // 12
+    damaged = [whole[:cut] for cut in range(0, len(whole), step)]
+    damaged += [
+        whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :]
+        for at in range(12, len(whole), step)  # behind the header, whose time may be any
+    ]
+    now = {path: Path(root.resolve(path)).read_bytes() for path in backup.index.files}
+    then = read_files(backup, lambda _path: True)
+    assert now != then
+    refused = 0
+    for data in damaged:
+        archive.write_bytes(data)
+        try:
+            load(folder)
+            put_back(root, backup, now)
+        except BackupError:
+            refused += 1
+        else:  # the damage is in what pads it
+            assert read_files(backup, lambda _path: True) == then
+        with suppress(BackupError):  # damaged only since it was loaded
+            put_back(root, backup, now)
+        for path, renewed in now.items():
+            assert Path(root.resolve(path)).read_bytes() in (renewed, then[path])
+    assert refused > len(damaged) * 0.8
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,8 @@ INDEX = "index.json"
 ETCD_DIRECTORY = "/etc/ssl/etcd"
 SOURCES = (KUBERNETES_DIRECTORY, ETCD_DIRECTORY, "/etc/etcd.env", "/var/lib/kubelet/config.yaml")
 _PARTIAL = ".partial-"
+_DAMAGED = (OSError, EOFError, tarfile.TarError, zlib.error)
+"""What reading an archive that isn't what it was may raise, depending on where it is damaged."""
 _RESERVE = 64 * 1024 * 1024  # bytes to leave free beyond what the backup takes
 
 
@@ -140,7 +143,7 @@ class BackupWriter:
                 for path in [*_existing(self._root), *copies]:
                     self._add(tar, path, hashes)
             _check_archive(archive, hashes)
-        except (OSError, tarfile.TarError) as error:
+        except _DAMAGED as error:
             why = getattr(error, "strerror", None) or str(error)
             raise BackupError(f"the backup could not be written: {why}") from None
         return hashes
@@ -228,7 +231,7 @@ def load(directory: Path) -> Backup:
     try:
         index = msgspec.json.decode((directory / INDEX).read_bytes(), type=Index)
         _check_archive(directory / ARCHIVE, index.files)
-    except (OSError, msgspec.MsgspecError, tarfile.TarError, EOFError) as error:
+    except (msgspec.MsgspecError, *_DAMAGED) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise BackupError(f"{directory} is not a whole backup: {why}") from None
     return Backup(directory=directory, index=index)
@@ -243,7 +246,7 @@ def read_files(backup: Backup, wanted: Callable[[str], bool]) -> dict[str, bytes
                 path = "/" + member.name
                 if member.isreg() and wanted(path) and (file := tar.extractfile(member)):
                     found[path] = file.read()
-    except (OSError, tarfile.TarError) as error:
+    except _DAMAGED as error:
         why = getattr(error, "strerror", None) or str(error)
         raise BackupError(f"backup {backup.directory} can't be read: {why}") from None
     return found
@@ -266,12 +269,14 @@ def put_back(root: Root, backup: Backup, paths: Iterable[str]) -> list[str]:
                 wanted.discard(path)
                 file = tar.extractfile(member)
                 data = file.read() if file is not None else b""
+                if hashlib.sha256(data).hexdigest() != backup.index.files.get(path):
+                    raise tarfile.ReadError(f"{path} in it is damaged")
                 target = Path(root.resolve(path))
                 if target.exists() and target.read_bytes() == data:
                     continue
                 replace(target, data, mode=member.mode, owner=(member.uid, member.gid))
                 changed.append(path)
-    except (OSError, tarfile.TarError) as error:
+    except _DAMAGED as error:
         why = getattr(error, "strerror", None) or str(error)
         raise BackupError(f"backup {backup.directory} could not be put back: {why}") from None
     if wanted:
