@@ -13,7 +13,7 @@ import shutil
 import stat
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -206,13 +206,23 @@ def _existing(root: Root) -> list[str]:
     return [path for path in SOURCES if root.exists(path)]
 
 
-def _check_archive(archive: Path, hashes: Mapping[str, str]) -> None:
-    """Read it back: an archive is a backup only once it has been read."""
-    found = {}
+def _contents(
+    archive: Path, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
+    """Path on the host, owner and mode, and data of each wanted regular file. `_DAMAGED`."""
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
-            if member.isreg() and (file := tar.extractfile(member)) is not None:
-                found["/" + member.name] = hashlib.sha256(file.read()).hexdigest()
+            path = "/" + member.name
+            if member.isreg() and wanted(path) and (file := tar.extractfile(member)) is not None:
+                yield path, member, file.read()
+
+
+def _check_archive(archive: Path, hashes: Mapping[str, str]) -> None:
+    """Read it back: an archive is a backup only once it has been read."""
+    found = {
+        path: hashlib.sha256(data).hexdigest()
+        for path, _, data in _contents(archive, lambda _path: True)
+    }
     if found != hashes:
         raise BackupError("the backup does not hold what was put into it; is the disk faulty?")
 
@@ -239,17 +249,11 @@ def load(directory: Path) -> Backup:
 
 def read_files(backup: Backup, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """The contents of its files whose path `wanted` is true for. BackupError."""
-    found = {}
     try:
-        with tarfile.open(backup.directory / ARCHIVE, "r:gz") as tar:
-            for member in tar:
-                path = "/" + member.name
-                if member.isreg() and wanted(path) and (file := tar.extractfile(member)):
-                    found[path] = file.read()
+        return {path: data for path, _, data in _contents(backup.directory / ARCHIVE, wanted)}
     except _DAMAGED as error:
         why = getattr(error, "strerror", None) or str(error)
         raise BackupError(f"backup {backup.directory} can't be read: {why}") from None
-    return found
 
 
 def put_back(root: Root, backup: Backup, paths: Iterable[str]) -> list[str]:
@@ -261,21 +265,15 @@ def put_back(root: Root, backup: Backup, paths: Iterable[str]) -> list[str]:
     wanted = {_archived(root, backup, path) for path in paths}
     changed = []
     try:
-        with tarfile.open(backup.directory / ARCHIVE, "r:gz") as tar:
-            for member in tar:
-                path = "/" + member.name
-                if path not in wanted or not member.isreg():
-                    continue
-                wanted.discard(path)
-                file = tar.extractfile(member)
-                data = file.read() if file is not None else b""
-                if hashlib.sha256(data).hexdigest() != backup.index.files.get(path):
-                    raise tarfile.ReadError(f"{path} in it is damaged")
-                target = Path(root.resolve(path))
-                if target.exists() and target.read_bytes() == data:
-                    continue
-                replace(target, data, mode=member.mode, owner=(member.uid, member.gid))
-                changed.append(path)
+        for path, member, data in _contents(backup.directory / ARCHIVE, wanted.__contains__):
+            wanted.discard(path)
+            if hashlib.sha256(data).hexdigest() != backup.index.files.get(path):
+                raise tarfile.ReadError(f"{path} in it is damaged")
+            target = Path(root.resolve(path))
+            if target.exists() and target.read_bytes() == data:
+                continue
+            replace(target, data, mode=member.mode, owner=(member.uid, member.gid))
+            changed.append(path)
     except _DAMAGED as error:
         why = getattr(error, "strerror", None) or str(error)
         raise BackupError(f"backup {backup.directory} could not be put back: {why}") from None
