@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from remediator.fixes.certificates.etcd import EtcdError
 from remediator.fixes.certificates.snapshot import SnapshotError, read_snapshot
 from remediator.model import FixError
 from tests.certificates.conftest import MakePki, StepLog
-from tests.certificates.real_etcd import Layout, proxy, real_etcd
+from tests.certificates.real_etcd import Layout, RealEtcd, proxy, real_etcd
 from tests.certificates.test_rotate import NODE, files, rotate, steps
+from tests.cluster.pki import Pki
 
 pytestmark = [pytest.mark.root, pytest.mark.debian, pytest.mark.cluster]
 
@@ -75,15 +77,22 @@ async def test_no_gateway_and_no_etcdctl_is_said(make_pki: MakePki, tmp_path: Pa
                 await etcd.client.snapshot(tmp_path / "snapshot.db")
 
 
+@contextmanager
+def filled_etcd(pki: Pki, by: str) -> Iterator[RealEtcd]:
+    """One with data enough to be cut short; by: the only way to a snapshot of it."""
+    with real_etcd(pki, "stacked", gateway=by == "gateway") as etcd:
+        etcd.fill(20)
+        if by == "etcdctl":
+            etcd.install_etcdctl()
+        yield etcd
+
+
 @pytest.mark.parametrize("by", ["gateway", "etcdctl"])
 async def test_c10_a_stream_cut_in_the_middle_leaves_nothing_and_touches_nothing(
     make_pki: MakePki, step_log: StepLog, by: str
 ) -> None:
     pki = make_pki(timedelta(days=3))
-    with real_etcd(pki, "stacked", gateway=by == "gateway") as etcd:
-        etcd.fill(20)
-        if by == "etcdctl":
-            etcd.install_etcdctl()
+    with filled_etcd(pki, by) as etcd:
         before = files(pki.directory)
         fix = rotate(pki, restart="none")
         async with proxy(etcd, cut_after=700 * 1024):
@@ -145,10 +154,7 @@ async def test_c9_a_disk_that_fills_up_during_the_snapshot_touches_nothing(
     make_pki: MakePki, step_log: StepLog, disk: Path, by: str
 ) -> None:
     pki = make_pki(timedelta(days=3))
-    with real_etcd(pki, "stacked", gateway=by == "gateway") as etcd:
-        etcd.fill(20)
-        if by == "etcdctl":
-            etcd.install_etcdctl()
+    with filled_etcd(pki, by) as etcd:
         before = files(pki.directory)
         target = etcd.rootfs / "backups"
         target.mkdir()

@@ -299,5 +299,17 @@ async def opened(daemon: Daemon) -> AsyncIterator[SqliteJournal]:
         await journal.aclose()
 
 
+async def killed_while_acting(directory: Path) -> Daemon:
+    """A daemon that was ended by SIGKILL right after it had acted on `web-1`."""
+    daemon = Daemon(directory, settings={"delay": 30}).start()
+    await daemon.ready()
+    daemon.break_("web-1")
+    await daemon.post(message(alert("web-1")))
+    while daemon.acts() != ["web-1"]:
+        await asyncio.sleep(0.02)
+    daemon.kill()
+    return daemon
+
+
 def is_root() -> bool:
     return os.geteuid() == 0

@@ -1,6 +1,5 @@
 """What access to an API server there is, is known and said at the start, not at the first alert."""
 
-import asyncio
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from remediator import flags
 from remediator.config import ConfigError, Mode
 from remediator.daemon import load_config
 from remediator.fixes import FIXES
-from tests.engine.support import ROOT, Daemon, alert, message
+from tests.engine.support import ROOT, killed_while_acting
 from tests.exporter.test_main import CONFIG
 
 ENFORCE = "fixes:\n  unstick-rollout:\n    mode: {}\n"
@@ -113,13 +112,7 @@ def test_it_does_not_start_with_a_kubeconfig_that_cannot_be_read(
 
 async def test_what_was_begun_is_finished_even_so(tmp_path: Path) -> None:
     """A rotation killed half-way may have left the kubeconfig broken, and mends it."""
-    daemon = Daemon(tmp_path, settings={"delay": 30}).start()
-    await daemon.ready()
-    daemon.break_("web-1")
-    await daemon.post(message(alert("web-1")))
-    while daemon.acts() != ["web-1"]:
-        await asyncio.sleep(0.02)
-    daemon.kill()
+    daemon = await killed_while_acting(tmp_path)
     daemon._flags = (f"--kubeconfig={tmp_path / 'none'}",)
     daemon.start()
     await daemon.ready()

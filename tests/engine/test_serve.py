@@ -1,12 +1,11 @@
 """The daemon as a whole, as a process: from the webhook to the record."""
 
-import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.engine.support import Daemon, alert, message, running
+from tests.engine.support import Daemon, alert, killed_while_acting, message, running
 
 
 async def test_an_alert_becomes_one_mended_target(tmp_path: Path) -> None:
@@ -62,13 +61,7 @@ async def test_e1_killed_between_200_and_the_act_it_is_done_once(tmp_path: Path)
 
 
 async def test_e2_killed_while_acting_it_is_resumed_and_not_repeated(tmp_path: Path) -> None:
-    daemon = Daemon(tmp_path, settings={"delay": 30}).start()
-    await daemon.ready()
-    daemon.break_("web-1")
-    await daemon.post(message(alert("web-1")))
-    while daemon.acts() != ["web-1"]:
-        await asyncio.sleep(0.02)
-    daemon.kill()
+    daemon = await killed_while_acting(tmp_path)
     daemon.start()
     await daemon.ready()
     (found,) = await daemon.settled()
