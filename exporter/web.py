@@ -11,11 +11,12 @@ import ipaddress
 import socket
 import ssl
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
 
 from exporter.logs import get_logger
 from exporter.web_auth import Access
@@ -24,6 +25,8 @@ from exporter.web_config import TlsConfig, WebConfig, WebConfigError, load, tls_
 __all__ = ["Demands", "Listener", "WebConfigError", "loopback"]
 
 log = get_logger("web")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _LOOK = 2.0  # seconds between two looks at the files and the idle connections
 
@@ -58,11 +61,19 @@ class Listener:
         config_file: Path | None = None,
         *,
         demands: Demands | None = None,
+        hot: Mapping[tuple[str, str], Handler] | None = None,
+        answered: Callable[[str, int], None] | None = None,
         idle_timeout: float = 75.0,
         request_timeout: float = 15.0,
     ) -> None:
-        """`request_timeout`: seconds a new connection has to send the head of its first request."""
+        """`hot`: by method and path, handlers of the application's that are asked without its
+        router and middlewares, which cost as much as a small handler does. `answered` is told the
+        path and status code of every answer, refusals included. `request_timeout`: seconds a new
+        connection has to send the head of its first request.
+        """
         self._app = app
+        self._hot = dict(hot or {})
+        self._answered = answered
         self._address = address
         self._config_file = config_file
         self._demands = demands or Demands()
@@ -78,7 +89,6 @@ class Listener:
         self._site: web.SockSite | None = None
         self._socket: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
-        app.middlewares.insert(0, self._middleware())
 
     @property
     def guarded(self) -> bool:
@@ -130,6 +140,7 @@ class Listener:
             shutdown_timeout=5.0,
         )
         await self._runner.setup()
+        self._stand_before(self._runner)
         await self._serve()
         self._task = asyncio.create_task(self._watch())
 
@@ -161,23 +172,53 @@ class Listener:
         if old is not None:
             await old.stop()
 
-    def _middleware(self) -> Middleware:
-        @web.middleware
-        async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    def _stand_before(self, runner: web.AppRunner) -> None:
+        """Let every request come here before the application sees it."""
+        server = runner.server
+        if server is None:
+            raise RuntimeError("the runner is not set up")
+        behind = cast("Handler", server.request_handler)
+        hot, expect = self._hot, "Expect"
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            refusal = await self._access.refusal(request)
+            if refusal is not None:
+                return refusal
+            handler = hot.get((request.method, request.path))
+            # Only the application knows how to say "100 Continue".
+            return await (behind if handler is None or expect in request.headers else handler)(
+                request
+            )
+
+        async def guard(request: web.Request) -> web.StreamResponse:
             transport = request.transport
             if transport is not None:
                 self._busy.add(transport)
+            code = 500
             try:
-                response = await self._access.refusal(request) or await handler(request)
+                response = await answer(request)
+                code = response.status
+            except web.HTTPException as error:
+                code = error.status
+                self._dress(error)
+                raise
             finally:
+                if self._answered is not None:
+                    self._answered(request.path, code)
                 if transport is not None:
                     self._busy.discard(transport)
                     self._idle_since[transport] = (time.monotonic(), True)
-            for name, value in self._config.http_server_config.headers.items():
-                response.headers.setdefault(name, value)
+            self._dress(response)
             return response
 
-        return guard
+        server.request_handler = cast(
+            "Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]", guard
+        )
+
+    def _dress(self, response: web.StreamResponse) -> None:
+        """Give it the headers of the web configuration."""
+        for name, value in self._config.http_server_config.headers.items():
+            response.headers.setdefault(name, value)
 
     async def _watch(self) -> None:
         while True:

@@ -119,9 +119,13 @@ class Daemon:
         )
         app = self._api.application()
         self.listener = Listener(
-            app, flags.listen, flags.web_config_file, demands=self._demands(self._config)
+            app,
+            flags.listen,
+            flags.web_config_file,
+            demands=self._demands(self._config),
+            hot={("POST", "/webhook"): self._api.webhook},
+            answered=self._api.answered,
         )
-        app.middlewares.insert(0, self._api.counting())
 
     def _demands(self, config: Config) -> Demands:
         options = config.webhook

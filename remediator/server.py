@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
 
 from exporter.logs import get_logger
 from remediator.alertmanager import MessageError, Read, Reader
@@ -73,25 +72,10 @@ class Api:
         app.router.add_post("/-/reload", self.reload)
         return app
 
-    def counting(self) -> Middleware:
-        """Counts every answer to /webhook, refusals included; belongs outermost."""
-
-        @web.middleware
-        async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
-            if request.path != "/webhook":
-                return await handler(request)
-            code = 500
-            try:
-                response = await handler(request)
-                code = response.status
-            except web.HTTPException as error:
-                code = error.status
-                raise
-            finally:
-                self._metrics.request(code)
-            return response
-
-        return count
+    def answered(self, path: str, code: int) -> None:
+        """Counts every answer to /webhook, refusals included."""
+        if path == "/webhook":
+            self._metrics.request(code)
 
     async def webhook(self, request: web.Request) -> web.Response:
         options = self._config().webhook

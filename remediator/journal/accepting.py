@@ -32,9 +32,10 @@ INSERT INTO remediations (id, fix, target, target_json, origin, phase, created_a
 SELECT id, fix, target, target_json, 'alert', 'Pending', ?, ? FROM batch WHERE true ORDER BY place
 ON CONFLICT (fix, target) WHERE {ACTIVE} DO NOTHING RETURNING id
 """
+# Begun by INSERT, not WITH: Python counts rows only of what begins so.
 _JOIN = f"""
-{_BATCH}
 INSERT INTO alerts (remediation, fingerprint, name, starts_at, resolved)
+{_BATCH}
 SELECT seq, fingerprint, alert, starts_at, 0 FROM batch CROSS JOIN remediations AS r
     ON r.fix = batch.fix AND r.target = batch.target AND {ACTIVE} ORDER BY place
 ON CONFLICT (remediation, fingerprint) DO UPDATE
@@ -153,6 +154,36 @@ def _batch(rows: Sequence[bytes]) -> str:
 def _spelt(target: Target) -> tuple[str, str]:
     """Its key and its JSON."""
     return target.key, msgspec.json.encode(target).decode()
+
+
+def join(
+    connection: sqlite3.Connection, messages: Sequence[Message], known: Known
+) -> list[Accepted] | None:
+    """All messages by one statement, which commits itself; None where `accept` must see to them.
+
+    For the most that comes: alerts of targets at which something is under way. Where one of them
+    isn't joined, because another process ended its remediation just now, `accept` goes through all
+    again; what was joined stays so.
+    """
+    known.fit(connection)
+    for message in messages:
+        if (
+            message.generation != known.generation
+            or message.beginnings
+            or message.firing < len(message.requests)
+        ):
+            return None
+    rows = [message.rows for message in messages if message.rows]
+    if rows:
+        news = [request for message in messages for request in message.news]
+        if connection.execute(_JOIN, (_batch(rows),)).rowcount != len(news):
+            return None
+        for request in news:
+            known.add(request)
+    return [
+        Accepted(created=0, coalesced=message.firing, resolved=0, cancelled=())
+        for message in messages
+    ]
 
 
 def accept(

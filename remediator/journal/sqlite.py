@@ -83,7 +83,12 @@ class SqliteJournal:
 
     async def accept(self, requests: Sequence[Request], request_id: str) -> Accepted:
         message = Message(request_id, requests, self._known)
-        return await self._writer.run_together(self._accept, message)
+        return await self._writer.run_together(self._accept, message, self._join)
+
+    def _join(
+        self, connection: sqlite3.Connection, messages: Sequence[Message]
+    ) -> list[Accepted] | None:
+        return accepting.join(connection, messages, self._known)
 
     def _accept(
         self, connection: sqlite3.Connection, messages: Sequence[Message]

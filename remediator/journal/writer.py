@@ -25,6 +25,8 @@ Work = Callable[[sqlite3.Connection], T]
 Refusal = ConflictError | JournalError
 Together = Callable[[sqlite3.Connection, Sequence[Item]], Sequence[T | Refusal]]
 """Work on many callers' items at once: each one's result or refusal, in their order."""
+AtOnce = Callable[[sqlite3.Connection, Sequence[Item]], Sequence[T] | None]
+"""The same by one statement without a transaction around it; None where that doesn't do."""
 
 _BATCH = 128  # pieces of work in one transaction, roughly
 _QUEUE = 2048  # pieces of work waiting; beyond it the caller is told to come again
@@ -35,6 +37,7 @@ class _Entry(NamedTuple):
     work: Together[Any, Any]
     item: Any
     future: asyncio.Future[Any]
+    at_once: AtOnce[Any, Any] | None
 
 
 class Writer:
@@ -74,11 +77,14 @@ class Writer:
 
         return await self.run_together(alone, None)
 
-    async def run_together(self, work: Together[Item, T], item: Item) -> T:
+    async def run_together(
+        self, work: Together[Item, T], item: Item, at_once: AtOnce[Item, T] | None = None
+    ) -> T:
         """As `run`, but callers that wait with the same `work` are served by one call of it.
 
         Each statement hands the interpreter's lock to and fro; one statement for a whole batch is
-        what keeps a busy event loop and this thread out of each other's way.
+        what keeps a busy event loop and this thread out of each other's way. So where all that
+        waits is of one `work`, its `at_once` is tried first, which needs no BEGIN and no COMMIT.
         """
         if self._waiting >= _QUEUE:
             raise JournalError(f"the journal {self.path} can't keep up; try again later")
@@ -92,7 +98,7 @@ class Writer:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._waiting += 1
-        self._handing.append(_Entry(work, item, future))
+        self._handing.append(_Entry(work, item, future, at_once))
         if len(self._handing) == 1:  # whatever else this turn of the loop brings goes along
             loop.call_soon(self._hand_over)
         return await future
@@ -132,6 +138,10 @@ class Writer:
         results: list[Any] = [None] * len(batch)
         try:
             connection = self._open()
+            if len(groups) == 1 and (at_once := batch[0].at_once) is not None:
+                given = at_once(connection, [entry.item for entry in batch])
+                if given is not None:
+                    return given
             connection.execute("BEGIN IMMEDIATE")
             for work, places in groups.items():
                 given = work(connection, [batch[place].item for place in places])

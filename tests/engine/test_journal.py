@@ -161,6 +161,40 @@ async def test_another_process_ending_one_is_seen_by_the_next_alert(
     assert (await journal.accept([request()], "r3")).created == 1
 
 
+async def test_an_alert_that_joins_what_another_process_ends_just_then_begins_anew(
+    journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only joins is written without a transaction: it must notice where it joined nothing."""
+    await journal.accept([request()], "r1")
+    fit, ended = Known.fit, []
+
+    def fit_and_end(known: Known, connection: sqlite3.Connection) -> None:
+        fit(known, connection)
+        if not ended:
+            with sqlite3.connect(journal.path) as other:
+                other.execute("UPDATE remediations SET phase = 'Failed', ended_at = 1")
+            ended.append(True)
+
+    monkeypatch.setattr(Known, "fit", fit_and_end)
+    assert (await journal.accept([request(fingerprint="other")], "r2")).created == 1
+    assert ended
+
+
+async def test_only_what_joins_goes_without_a_transaction(journal: SqliteJournal) -> None:
+    await journal.accept([request()], "r1")
+    statements: list[str] = []
+    connection = journal._writer._connection
+    assert connection is not None
+    connection.set_trace_callback(statements.append)
+    await journal.accept([request(fingerprint="other")], "r2")
+    assert not [s for s in statements if s.startswith("BEGIN")]
+    found = sqlite3.connect(journal.path).execute("SELECT count(*) FROM alerts").fetchone()
+    assert found == (2,)  # seen by others: committed
+    await journal.accept([request("else")], "r3")
+    await journal.accept([request(firing=False)], "r4")
+    assert len([s for s in statements if s.startswith("BEGIN")]) == 2
+
+
 async def test_a_journal_of_something_else_is_refused(tmp_path: Path, clock: StubClock) -> None:
     path = tmp_path / "other.db"
     connection = sqlite3.connect(path)
