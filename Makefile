@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# Test files that run side by side; 0 runs them one after another, which reads best while mending.
+JOBS ?= 2
 READY := $(VENV)/.ready-$(shell cat requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .PHONY: help run test demo check soak bench cluster cluster-down format lock clean
@@ -23,10 +25,10 @@ demo: $(READY) ## break real things in a throwaway setting and watch them heal
 	@$(PY) -m deploy.local.demo
 
 test: $(READY) ## every test; long suites are sampled with a printed seed
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 soak: $(READY) ## the same, long suites in full (hours)
-	@UPKEEP_SOAK=1 $(PY) -m pytest $(ARGS)
+	@UPKEEP_SOAK=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(READY) ## format, lint, types, import contract, alert rules and route
 	@$(PY) -m ruff format --check .

@@ -7,7 +7,9 @@ of any kind is a failure.
 
 import os
 import random
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from deploy.local.apt import codename
 pytest_plugins = ["tests.cluster.fixtures"]
 
 SEED = int(os.environ.get("UPKEEP_SEED") or random.SystemRandom().randrange(2**32))
+os.environ["UPKEEP_SEED"] = str(SEED)  # for the workers, which would each draw their own
 SOAK = os.environ.get("UPKEEP_SOAK") == "1"
 _CI = os.environ.get("CI") == "true"
 
@@ -74,3 +77,13 @@ def seed() -> int:
 def soak() -> bool:
     """True where the long suites are to run in full."""
     return SOAK
+
+
+@pytest.fixture
+def open_tmp_path(tmp_path: Path) -> Path:
+    """tmp_path, which other users may enter: pytest closes its own folders above it to them."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder == Path(tempfile.gettempdir()):
+            break
+        folder.chmod(0o755)
+    return tmp_path

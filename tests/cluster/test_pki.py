@@ -162,12 +162,10 @@ def test_unknown_name_and_folder_in_use_are_refused(pki: Pki) -> None:
 
 
 @pytest.mark.root
-def test_an_ordinary_user_can_renew_too(pki: Pki, tmp_path: Path) -> None:
-    for path in [tmp_path, *tmp_path.rglob("*")]:
+def test_an_ordinary_user_can_renew_too(pki: Pki, open_tmp_path: Path) -> None:
+    for path in [open_tmp_path, *open_tmp_path.rglob("*")]:
         os.chown(path, 65534, 65534)
-    for parent in tmp_path.parents[:2]:  # pytest's own folders are closed to others
-        parent.chmod(0o755)
-    programs = tmp_path / "programs"
+    programs = open_tmp_path / "programs"
     programs.mkdir(mode=0o755)
     shutil.copy(pki.binaries.kubeadm, programs)  # the cache may be in root's home
 

@@ -166,7 +166,8 @@ async def test_an_alert_that_joins_what_another_process_ends_just_then_begins_an
 ) -> None:
     """What only joins is written without a transaction: it must notice where it joined nothing."""
     await journal.accept([request()], "r1")
-    fit, ended = Known.fit, []
+    ended: list[bool] = []
+    fit = Known.fit
 
     def fit_and_end(known: Known, connection: sqlite3.Connection) -> None:
         fit(known, connection)
