@@ -8,7 +8,7 @@ as well.) A list of several proves nothing more than that there have been severa
 careful way to be wrong.
 
 The file is bbolt's: pages that are never changed in place, and two meta pages of which the newer
-valid one is the root. etcd may go on writing while we read; then the meta page is another one
+one is the root. etcd may go on writing while we read; then the meta page is another one
 afterwards, and we read again.
 """
 
@@ -33,7 +33,6 @@ _BUCKET = struct.Struct("<QQ")  # root page (0: the page follows), sequence
 _BRANCH, _LEAF = 1, 2
 _IS_BUCKET = 1
 _MAGIC, _VERSION = 0xED0CDAED, 2
-_PAGE_SIZES = tuple(1 << power for power in range(10, 17))
 _DEEPEST = 32
 _TRIES = 5
 _DATABASE = "member/snap/db"  # in etcd's data directory
@@ -92,14 +91,16 @@ class _Meta(msgspec.Struct, frozen=True):
 
 
 def _newest_meta(data: mmap.mmap) -> _Meta:
-    """The root that counts. ValueError where neither is valid."""
-    found = [_meta(data, 0)]
-    sizes = [found[0].page_size] if found[0] is not None else list(_PAGE_SIZES)
-    found += [_meta(data, size) for size in sizes]
-    valid = [meta for meta in found if meta is not None]
-    if not valid:
-        raise ValueError("it is no database of etcd's")
-    return max(valid, key=lambda meta: meta.transaction)
+    """The root that counts. ValueError where either is damaged.
+
+    etcd itself would go by the older one then, and read of later members in its log: that one may
+    not know of them.
+    """
+    first = _meta(data, 0)
+    second = None if first is None else _meta(data, first.page_size)
+    if first is None or second is None:
+        raise ValueError("it is no database of etcd's, or damaged")
+    return max(first, second, key=lambda meta: meta.transaction)
 
 
 def _meta(data: mmap.mmap, offset: int) -> _Meta | None:
@@ -153,9 +154,13 @@ def _entries(
     if kind == _LEAF:
         yield from _leaves(content)
     elif kind == _BRANCH:
+        end = _PAGE.size + count * _BRANCH_ENTRY.size
         for index in range(count):
             at = _PAGE.size + index * _BRANCH_ENTRY.size
-            below = _BRANCH_ENTRY.unpack_from(content, at)[2]
+            position, key_size, below = _BRANCH_ENTRY.unpack_from(content, at)
+            if at + position != end:
+                raise ValueError(f"page {page} is not whole")
+            end += key_size
             yield from _entries(data, meta, below, (*above, page))
     else:
         raise ValueError(f"page {page} is of an unknown kind")
@@ -163,10 +168,13 @@ def _entries(
 
 def _leaves(content: bytes) -> Iterator[_Entry]:
     _, _, count, _ = _PAGE.unpack_from(content)
+    end = _PAGE.size + count * _LEAF_ENTRY.size
     for index in range(count):
         at = _PAGE.size + index * _LEAF_ENTRY.size
         flags, position, key_size, value_size = _LEAF_ENTRY.unpack_from(content, at)
         key = at + position
+        if key != end:  # each follows the one before: a wrong count would show here
+            raise ValueError("an entry is not where it should be")
         end = key + key_size + value_size
         if end > len(content):
             raise ValueError("an entry is cut short")
