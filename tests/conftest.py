@@ -80,10 +80,8 @@ def soak() -> bool:
 
 
 @pytest.fixture
-def open_tmp_path(tmp_path: Path) -> Path:
-    """tmp_path, which other users may enter: pytest closes its own folders above it to them."""
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder == Path(tempfile.gettempdir()):
-            break
-        folder.chmod(0o755)
-    return tmp_path
+def open_folder() -> Iterator[Path]:
+    """A folder that other users may enter: every start of a pytest closes its own to them."""
+    with tempfile.TemporaryDirectory(prefix="upkeep-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)

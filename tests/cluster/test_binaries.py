@@ -210,8 +210,8 @@ def test_elsewhere_than_on_debian_a_program_on_path_will_do(
 
 @pytest.mark.debian
 @pytest.mark.root
-def test_works_as_an_ordinary_user(open_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = open_tmp_path / "own"
+def test_works_as_an_ordinary_user(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = open_folder / "own"
     own.mkdir()
     os.chown(own, 65534, 65534)
     monkeypatch.setenv("UPKEEP_CACHE", str(own))

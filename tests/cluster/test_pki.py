@@ -162,10 +162,11 @@ def test_unknown_name_and_folder_in_use_are_refused(pki: Pki) -> None:
 
 
 @pytest.mark.root
-def test_an_ordinary_user_can_renew_too(pki: Pki, open_tmp_path: Path) -> None:
-    for path in [open_tmp_path, *open_tmp_path.rglob("*")]:
+def test_an_ordinary_user_can_renew_too(open_folder: Path) -> None:
+    pki = kubeadm_pki(open_folder / "node")
+    for path in [open_folder, *open_folder.rglob("*")]:
         os.chown(path, 65534, 65534)
-    programs = open_tmp_path / "programs"
+    programs = open_folder / "programs"
     programs.mkdir(mode=0o755)
     shutil.copy(pki.binaries.kubeadm, programs)  # the cache may be in root's home
 

@@ -276,6 +276,7 @@ class Scene:
         target = self.target(name)
         condition = await fix.check(target)
         if not condition.broken:
+            print(f"not broken: {condition.message}")  # for the report of a test that needs it so
             return condition, None
         return condition, await fix.apply(target, condition, self.step_log())
 
