@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+_LONGEST = 36_500 * 86_400.0  # of a duration; dates and clocks end somewhere
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -191,4 +192,6 @@ def duration(text: str) -> float:
     number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
     if not number.isascii() or not number.replace(".", "", 1).isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 30s, 5m, 2h or 14d")
-    return float(number) * units[unit]
+    if (seconds := float(number) * units[unit]) > _LONGEST:
+        raise argparse.ArgumentTypeError(f"{text[:30]!r} is longer than a hundred years")
+    return seconds

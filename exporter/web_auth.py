@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import bcrypt
 from aiohttp import web
 
-from exporter.web_config import peer_names
+from exporter.web_config import peer_names, spelt
 
 _KEPT = 256  # wrong ones that are known again
 _WAITING = 32  # checks that may wait; beyond it the client is told to come again
@@ -44,7 +44,7 @@ class Access:
         """`bearer`: None where none is configured. `client_certificates`: TLS demands them."""
         self._users = {name: hashed.encode() for name, hashed in (users or {}).items()}
         self._bearer = None if bearer is None else _digest(bearer.encode())
-        self._client_names = frozenset(client_names)
+        self._client_names = frozenset(map(spelt, client_names))
         self.guarded = bool(self._users) or bearer is not None or client_certificates
         """Whether anything at all is asked of a client."""
         self._right: dict[str, bytes] = {}

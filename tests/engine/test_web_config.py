@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from exporter.web import Listener, WebConfigError, loopback
-from exporter.web_config import load
+from exporter.web_config import TlsConfig, load, peer_names, spelt, tls_context
 
 
 class Authority:
@@ -168,7 +168,18 @@ async def test_certificates_and_client_authorities_rotate_without_a_restart(tmp_
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("basic_auth_user: {}", "unknown field"),
+        ("basic_auth_user: {}", r"yml:1: basic_auth_user: no such option; .* basic_auth_users"),
+        ("\ntls_server_config:\n  cert: x", "yml:3: tls_server_config.cert: no such option; .* c"),
+        ("rate_limit: {burst: 1}", "rate_limit: no such option"),
+        ("basic_auth_users:\n  ada: x\nbasic_auth_users: {}", "yml:3: .*twice"),
+        ("tls_server_config:\n  client_auth_type: a\n  client_auth_type: b", "yml:3: .*twice"),
+        ('http_server_config:\n  headers:\n    X-A: "a\\r\\nX-B: b"', "yml:3: .*no header"),
+        ("http_server_config: {headers: {X A: b}}", "no header"),
+        ("http_server_config: {headers: {X-A: 1}}", "yml:1: .*headers: Expected `str`"),
+        (
+            "tls_server_config: {cert_file: a, key_file: b, min_version: TLS13,max_version: TLS12}",
+            "no version is between",
+        ),
         ("basic_auth_users: {ada: secret}", "bcrypt"),
         ("tls_server_config: {cert_file: a}", "both"),
         ("tls_server_config: {cert_file: a, key_file: b}", "is no file"),
@@ -191,6 +202,41 @@ def test_what_cannot_be_used_is_refused_in_words(tmp_path: Path, text: str, word
     with pytest.raises(WebConfigError, match=words) as raised:
         Listener(web.Application(), ("127.0.0.1", 0), config).load()
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("suite", "found"),
+    [
+        ("TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "ECDHE-RSA-AES128-GCM-SHA256"),
+        ("TLS_ECDHE_ECDSA_WITH_AES_256_CBC_SHA", "ECDHE-ECDSA-AES256-SHA"),
+        ("TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA256", "ECDHE-RSA-AES128-SHA256"),
+        ("TLS_RSA_WITH_AES_128_CBC_SHA", "AES128-SHA"),
+        ("TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256", "ECDHE-RSA-CHACHA20-POLY1305"),
+        ("TLS_AES_128_GCM_SHA256", ""),
+        ("TLS_ECDHE_RSA_WITH_AES_129_GCM_SHA256", ""),
+        ("ALL", ""),
+    ],
+)
+def test_a_cipher_suite_is_had_or_refused_by_its_name(
+    tmp_path: Path, suite: str, found: str
+) -> None:
+    Authority(tmp_path, "ca").issue("server")
+    known = "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384"
+    wanted = TlsConfig(cert_file="server.crt", key_file="server.key", cipher_suites=(known, suite))
+    if not found:
+        with pytest.raises(WebConfigError, match=f"cipher_suites: {suite} is no suite"):
+            tls_context(wanted, tmp_path)
+        return
+    had = [cipher["name"] for cipher in tls_context(wanted, tmp_path).get_ciphers()]
+    assert [name for name in had if not name.startswith("TLS_")] == [
+        "ECDHE-ECDSA-AES256-GCM-SHA384",
+        found,
+    ]
+
+
+def test_an_address_among_the_names_of_clients_has_one_spelling() -> None:
+    decoded = {"subjectAltName": (("IP Address", "0:0:0:0:0:0:0:1"), ("DNS", "a.example"))}
+    assert [spelt(name) for name in ("::1", "a.example")] == peer_names(decoded)
 
 
 def test_an_empty_file_asks_for_nothing(tmp_path: Path) -> None:
