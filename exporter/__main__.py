@@ -35,7 +35,14 @@ async def _check(settings: config.Config) -> int:
         return 1
     finally:
         await collector.aclose()
-    report.write(found, settings.output, sys.stdout)
+    try:
+        report.write(found, settings.output, sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        logs.hush(sys.stdout)
+    except OSError as error:
+        sys.stderr.write(f"upkeep-exporter: the findings can't be written: {error.strerror}\n")
+        return 1
     return 0
 
 

@@ -6,9 +6,10 @@ second line nor send escape codes to a terminal.
 """
 
 import logging
+import os
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 
@@ -24,6 +25,13 @@ def inert(text: str) -> str:
         c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii")
         for c in text
     )
+
+
+def hush(stream: TextIO) -> None:
+    """After a BrokenPipeError (`| head`): what else is written, at the end too, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _inert_values(

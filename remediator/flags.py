@@ -1,6 +1,7 @@
 """The remediator's command line: flags, subcommands, and what they mean as one value."""
 
 import argparse
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,12 +64,7 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
         metavar="[HOST]:PORT",
         help="where to listen; an empty host means every address",
     )
-    serve.flag(
-        "web.config.file",
-        parse=Path,
-        metavar="FILE",
-        help="exporter-toolkit web configuration (TLS, client CA, basic auth)",
-    )
+    _web_config(serve)
     run = command("run", "run one fix by hand, now")
     _acting(run)
     run.add_argument("fix", metavar="FIX", help="rotate-certificates, reap-zombies, …")
@@ -99,16 +95,20 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
     listing.add_argument("--limit", type=_positive, default=50, help="at most so many, default 50")
     _output(listing)
     show = command("show", "show one remediation with its steps")
-    show.add_argument("id", metavar="ID", help="its id, or an unambiguous beginning of it")
+    show.add_argument(
+        "id", metavar="ID", type=_id, help="its id, or an unambiguous beginning of it"
+    )
     _output(show)
     approve = command("approve", "let a waiting remediation act")
-    approve.add_argument("id", metavar="ID")
+    approve.add_argument("id", metavar="ID", type=_id)
     pause = command("pause", "stop a fix, or every fix, from acting")
     pause.add_argument("fix", metavar="FIX", nargs="?", default="")
     pause.add_argument("--why", default="by hand", help="said with every refusal")
     resume = command("resume", "let a fix, or every fix, act again")
     resume.add_argument("fix", metavar="FIX", nargs="?", default="")
-    _kubeconfig(command("check-config", "read the configuration and say what is wrong with it"))
+    check = command("check-config", "read the configuration and say what is wrong with it")
+    _kubeconfig(check)
+    _web_config(check)
     return root
 
 
@@ -151,6 +151,15 @@ def _kubeconfig(parser: FlagParser) -> None:
     )
 
 
+def _web_config(parser: FlagParser) -> None:
+    parser.flag(
+        "web.config.file",
+        parse=Path,
+        metavar="FILE",
+        help="exporter-toolkit web configuration (TLS, client CA, basic auth)",
+    )
+
+
 def _output(parser: FlagParser) -> None:
     parser.add_argument(
         "-o", "--output", choices=("table", "json"), default="table", help="default: table"
@@ -167,9 +176,15 @@ def _file(text: str) -> Path:
 
 
 def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text[:30]!r} is not a number above 0, of 9 digits")
     return int(text)
+
+
+def _id(text: str) -> str:
+    if not text:  # would be an unambiguous beginning of the only one there is
+        raise argparse.ArgumentTypeError("it is empty; `list` shows the ids")
+    return text
 
 
 def read(

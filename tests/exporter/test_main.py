@@ -90,3 +90,17 @@ def test_a_hangup_does_not_end_it(tmp_path: Path) -> None:
         wait_until(lambda: "nothing to reload" in (tmp_path / "log").read_text())
         assert "is healthy" in page(f"{url}/-/healthy")
         assert process.poll() is None
+
+
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_findings_that_nobody_reads_are_no_error(tmp_path: Path, output: str) -> None:
+    (tmp_path / "a.crt").write_text("no certificate")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "exporter", "--check=certificates", "-o", output]
+    command.append(f"--certificates.path={tmp_path}/*.crt")
+    with os.fdopen(write, "w") as pipe:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
