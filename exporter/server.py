@@ -61,7 +61,6 @@ class Scraper:
         self._busy: dict[str, Future[_Run]] = {}
         self._began: dict[str, float] = {}
         self._failing: dict[str, str] = {}
-        self._lock = asyncio.Lock()
         process = CollectorRegistry()
         ProcessCollector(registry=process)
         self._process = process
@@ -102,16 +101,16 @@ class Scraper:
             labels=["collector"],
         )
         families: list[Metric] = [success, duration, self._build, *self._process.collect()]
-        async with self._lock:
-            runs = {name: self._begin(name) for name in self._collectors}
-            waiting = [asyncio.wrap_future(run) for run in runs.values()]
-            if waiting:
-                await asyncio.wait(waiting, timeout=max(timeout - _MARGIN, timeout / 2))
-            for name, run in runs.items():
-                works, found = self._found(name, run)
-                success.add_metric([name], float(works))
-                duration.add_metric([name], self._seconds(name, run))
-                families.extend(found)
+        # Scrapes at once share a run: none waits until another one's time is up.
+        runs = {name: self._begin(name) for name in self._collectors}
+        waiting = [asyncio.wrap_future(run) for run in runs.values()]
+        if waiting:
+            await asyncio.wait(waiting, timeout=max(timeout - _MARGIN, timeout / 2))
+        for name, run in runs.items():
+            works, found = self._found(name, run)
+            success.add_metric([name], float(works))
+            duration.add_metric([name], self._seconds(name, run))
+            families.extend(found)
         return families
 
     def _begin(self, name: str) -> Future[_Run]:
