@@ -5,6 +5,7 @@ objects), so control characters are escaped here, once, for every line: a name c
 second line nor send escape codes to a terminal.
 """
 
+import codecs
 import logging
 import os
 import sys
@@ -12,6 +13,8 @@ from collections.abc import MutableMapping
 from typing import Any, TextIO
 
 import structlog
+
+codecs.lookup("unicode_escape")  # at its first use there may be no file descriptor to load it with
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("logfmt", "json")

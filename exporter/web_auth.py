@@ -128,7 +128,7 @@ class Access:
 
 def _refused(status: int, why: str) -> web.Response:
     response = web.Response(status=status, text=why)
-    response.force_close()  # an unread body of someone unknown isn't read at all
+    response.force_close()  # what is left of its body is thrown away, and the connection ends
     return response
 
 

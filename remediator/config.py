@@ -124,7 +124,7 @@ class WebhookOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     body_timeout: Seconds = Seconds(10)
     """How long a client may take to send its message."""
     max_connections: Count = 512
-    """Beyond it the longest idle one is closed."""
+    """Beyond it idle ones are closed, first those that never asked anything."""
 
     def __post_init__(self) -> None:
         """Limits that no message could keep are refused."""

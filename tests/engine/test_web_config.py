@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from cryptography.x509.oid import NameOID
 
 from exporter.web import Listener, WebConfigError, loopback
 from exporter.web_config import TlsConfig, load, peer_names, spelt, tls_context
+from tests.engine.support import alert, message, running
 
 
 class Authority:
@@ -145,6 +147,11 @@ async def test_certificates_and_client_authorities_rotate_without_a_restart(tmp_
     config.write_text(TLS)
     async with listening(config) as listener:
         assert await served(listener, client(authority, "old")) == before
+        kept, writer = await asyncio.open_connection(
+            "127.0.0.1", listener.port, ssl=client(authority, "old")
+        )
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await kept.readuntil(b"hello")).startswith(b"HTTP/1.1 200")
         newer = Authority(tmp_path, "clients")  # the same file, another authority
         newer.issue("new")
         after = authority.issue("server")
@@ -158,6 +165,8 @@ async def test_certificates_and_client_authorities_rotate_without_a_restart(tmp_
         assert await served(listener, client(authority, "new")) == after
         with pytest.raises(aiohttp.ClientError):
             await ask(listener, client(authority, "old"))
+        # Nor does a connection stay that the old authority let in.
+        assert await asyncio.wait_for(kept.read(), 10) == b""
         # Files that can't be used leave what is in force.
         (tmp_path / "server.key").write_text("half a key")
         with pytest.raises(WebConfigError, match=r"server\.key"):
@@ -248,3 +257,55 @@ def test_an_empty_file_asks_for_nothing(tmp_path: Path) -> None:
 def test_what_is_loopback() -> None:
     assert all(map(loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
     assert not any(map(loopback, ("", "0.0.0.0", "::", "10.0.0.1", "example.org")))
+    assert not any(map(loopback, ("127.0.0.1.example.org", "0", "127.1", "::ffff:10.0.0.1")))
+
+
+def test_localhost_is_what_it_resolves_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: elsewhere)
+    assert not loopback("localhost")
+
+
+async def test_e55_out_of_file_descriptors_it_does_not_fill_the_disk_with_that(
+    tmp_path: Path,
+) -> None:
+    """Far more clients that say nothing than there are descriptors: told once a second, and one
+    that asks is answered soon, for half of the descriptors are not for connections."""
+    async with running(tmp_path, prefix=("prlimit", "--nofile=100:100")) as daemon:
+        silent = [await asyncio.open_connection("127.0.0.1", daemon.port) for _ in range(150)]
+        begun = time.monotonic()
+        assert (await daemon.post(message(alert("web-1"))))[0] == 200
+        assert time.monotonic() - begun < 10  # before the silent ones' time is up
+        assert "out of system resource" in daemon.log()
+        assert len(daemon.log()) < 100_000
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_e55_of_too_many_connections_those_go_that_never_asked(tmp_path: Path) -> None:
+    async with running(tmp_path, config={"webhook": {"max_connections": 8}}) as daemon:
+        known, writer = await asyncio.open_connection("127.0.0.1", daemon.port)
+        ask = b"GET /-/healthy HTTP/1.1\r\nHost: a\r\n\r\n"
+        writer.write(ask)
+        await known.readuntil(b"healthy.\n")
+        await asyncio.sleep(0.1)  # so that all the others are idle for a shorter time
+        silent = [await asyncio.open_connection("127.0.0.1", daemon.port) for _ in range(20)]
+        await asyncio.sleep(4.5)
+        assert sum(reader.at_eof() for reader, _ in silent) >= 13
+        writer.write(ask)
+        async with asyncio.timeout(5):
+            assert await known.readuntil(b"healthy.\n")
+
+
+async def test_e55_a_handshake_that_never_ends_ends_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.web_site._HANDSHAKE", 1.0)
+    Authority(tmp_path, "ca").issue("server")
+    config = tmp_path / "web.yml"
+    config.write_text("tls_server_config: {cert_file: server.crt, key_file: server.key}")
+    async with listening(config) as listener:
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
+        writer.close()

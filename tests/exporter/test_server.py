@@ -147,7 +147,7 @@ async def test_a_hanging_collector_fails_alone_and_is_not_run_twice() -> None:
 async def test_two_that_scrape_at_once_are_both_answered_in_their_time() -> None:
     """With a collector that hangs, the second of a pair must not wait for the first one's end."""
     release = threading.Event()
-    hanging = Told(lambda: [] if release.wait(30) else [])
+    hanging = Told(lambda: _family("late" if release.wait(30) else "never"))
     async with _served(slow=hanging, good=Told(lambda: _family("a"))) as url:
         began = asyncio.get_running_loop().time()
         asked = (_scrape(url, **{"X-Prometheus-Scrape-Timeout-Seconds": "2"}) for _ in range(4))
