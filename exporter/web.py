@@ -139,7 +139,11 @@ class Listener:
         before = self._tls
         self.load(demands)
         if self._runner is not None and (before is not None or self._tls is not None):
-            await self._serve()
+            try:
+                await self._serve()
+            except OSError:
+                self._stamp = None  # not in force yet: tried again at the next look
+                raise
 
     async def aclose(self) -> None:
         """Stop listening, let what is being answered end (5 s), close the rest."""

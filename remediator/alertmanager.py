@@ -27,6 +27,7 @@ OUTCOMES = (
 """What may become of an alert: the label `outcome` of upkeep_webhook_alerts_total."""
 
 _REMEMBERED = 2048  # bytes of an alert that is remembered; a larger one is read anew
+_MOST = 1_000_000_000  # alerts left out; JSON's numbers have no end, a counter's have
 _LONGEST = 256  # characters of an alert's name or fingerprint that are kept
 
 
@@ -90,7 +91,7 @@ class Reader:
         message = _decode(body)
         outcomes: dict[str, int] = {}
         if message.truncated_alerts > 0:
-            outcomes["truncated"] = message.truncated_alerts
+            outcomes["truncated"] = min(message.truncated_alerts, _MOST)
         requests, problems = [], []
         for raw in message.alerts:
             alert = bytes(raw)

@@ -81,6 +81,16 @@ async def test_e9_unknown_fields_and_truncation(daemon: Daemon) -> None:
     assert "max_alerts: 0" in daemon.log()
 
 
+async def test_e9_a_count_without_end_is_counted_as_many(daemon: Daemon) -> None:
+    """It was an error after the commit, so that Alertmanager would send the message for ever."""
+    body = message(alert("web-1")).replace(
+        b'"truncatedAlerts": 0', b'"truncatedAlerts": ' + b"9" * 400
+    )
+    status, text = await daemon.post(body)
+    assert (status, json.loads(text)["accepted"]) == (200, 1)
+    assert await daemon.metric("upkeep_webhook_alerts_total", outcome="truncated") == 1e9
+
+
 async def test_e9_what_will_never_be_right_is_4xx(daemon: Daemon) -> None:
     good = message(alert("web-1"))
     for body, headers, expected in (
