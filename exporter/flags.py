@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 _LONGEST = 36_500 * 86_400.0  # of a duration; dates and clocks end somewhere
@@ -184,6 +185,20 @@ def listen_address(text: str) -> tuple[str, int]:
     elif ":" in host:
         raise argparse.ArgumentTypeError(f"{text!r}: an IPv6 address stands in brackets")
     return host, int(port)
+
+
+def path(text: str) -> Path:
+    """Read a path; an empty one, of a variable that isn't set, would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a path, or leave the flag out")
+    return Path(text)
+
+
+def node_name(text: str) -> str:
+    """Read a name as Kubernetes gives it to nodes, always in lower case."""
+    if not text or text != text.lower():
+        raise argparse.ArgumentTypeError(f"{text!r} is no node's name: they are lower case")
+    return text
 
 
 def duration(text: str) -> float:

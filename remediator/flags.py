@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from exporter import config, logs
-from exporter.flags import FlagParser, listen_address
+from exporter.flags import FlagParser, listen_address, node_name, path
 from remediator.model import Phase
 
 DEFAULT_JOURNAL = Path("/var/lib/upkeep/remediator.db")
@@ -113,7 +113,7 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
 
 
 def _common(parser: FlagParser, log_level: str) -> None:
-    parser.flag("config.file", parse=Path, metavar="FILE", help="guardrails: docs/remediator.md")
+    parser.flag("config.file", parse=path, metavar="FILE", help="guardrails: docs/remediator.md")
     parser.flag(
         "journal", default=DEFAULT_JOURNAL, parse=_file, metavar="FILE", help="the journal's file"
     )
@@ -127,6 +127,7 @@ def _acting(parser: FlagParser) -> None:
     parser.switch("dry-run", default=False, help="check and decide, but change nothing")
     parser.flag(
         "node-name",
+        parse=node_name,
         default=socket.gethostname().lower(),
         metavar="NAME",
         help="this node's name in the cluster",
@@ -139,13 +140,13 @@ def _acting(parser: FlagParser) -> None:
         ("cgroupfs", "/sys/fs/cgroup", "the cgroup file system of the host"),
         ("locks", str(DEFAULT_LOCKS), "the host's folder of lock files"),
     ):
-        parser.flag(f"path.{name}", default=Path(default), parse=Path, metavar="DIR", help=what)
+        parser.flag(f"path.{name}", default=Path(default), parse=path, metavar="DIR", help=what)
 
 
 def _kubeconfig(parser: FlagParser) -> None:
     parser.flag(
         "kubeconfig",
-        parse=Path,
+        parse=path,
         metavar="FILE",
         help="API access; default: the pod's own service account, else $KUBECONFIG",
     )
@@ -154,7 +155,7 @@ def _kubeconfig(parser: FlagParser) -> None:
 def _web_config(parser: FlagParser) -> None:
     parser.flag(
         "web.config.file",
-        parse=Path,
+        parse=path,
         metavar="FILE",
         help="exporter-toolkit web configuration (TLS, client CA, basic auth)",
     )
@@ -172,7 +173,7 @@ def _file(text: str) -> Path:
             "cluster mode is not built yet, so the journal is a file: name one, by default "
             f"{DEFAULT_JOURNAL}"
         )
-    return Path(text)
+    return path(text)
 
 
 def _positive(text: str) -> int:
@@ -194,8 +195,10 @@ def read(
     root = parser(environ)
     given = root.parse_args(arguments)
     _refuse_unknown_variables(root)
-    if not (name := getattr(given, "node_name", "node")) or name != name.lower():
-        root.error(f"--node-name {name!r} is no node's name: they are lower case")
+    for name in ("rootfs", "procfs"):
+        seen: Path = getattr(given, f"path_{name}", Path("/"))
+        if not seen.is_dir():  # everything in it would be missing, and nothing broken
+            root.error(f"--path.{name}={seen} is not a directory; name the host's {name}")
     return given, Flags(
         listen=getattr(given, "web_listen_address", ("", 9791)),
         web_config_file=getattr(given, "web_config_file", None),
