@@ -123,6 +123,10 @@ class Listener:
         if self._stamp is None:
             self.load()
         self._socket = _listening(*self._address)
+        if self._access.secret and self._tls is None and not loopback(self._address[0]):
+            log.warning(
+                "passwords and tokens cross the network unencrypted: give tls_server_config"
+            )
         self._runner = web.AppRunner(
             self._app,
             access_log=None,
@@ -231,6 +235,10 @@ class Listener:
         for transport, (since, served) in idle.items():
             if not served and now - since > self._request_timeout:
                 transport.close()
+            elif now - since > self._idle_timeout + _LOOK and isinstance(
+                transport, asyncio.Transport
+            ):
+                transport.abort()  # idle ones have gone by now: this one doesn't read its answer
         excess = len(open_now) - at_most(self._demands.max_connections)
         if excess > 0:  # who has been answered is known; who never asked is not
             for transport in sorted(idle, key=lambda t: (idle[t][1], idle[t][0]))[:excess]:

@@ -45,7 +45,9 @@ class Access:
         self._users = {name: hashed.encode() for name, hashed in (users or {}).items()}
         self._bearer = None if bearer is None else _digest(bearer.encode())
         self._client_names = frozenset(map(spelt, client_names))
-        self.guarded = bool(self._users) or bearer is not None or client_certificates
+        self.secret = bool(self._users) or bearer is not None
+        """Whether clients send something that nobody else may learn."""
+        self.guarded = self.secret or client_certificates
         """Whether anything at all is asked of a client."""
         self._right: dict[str, bytes] = {}
         self._wrong: OrderedDict[bytes, None] = OrderedDict()

@@ -16,6 +16,7 @@ Hook = Callable[[type, Any], Any] | None
 _MAX_CHARACTERS = 1 << 18  # takes PyYAML a second
 _MAX_VALUES = 50_000  # aliases make much of little
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>(?:key in )?\$[^`]*)`)?$", re.DOTALL)
+_UNQUOTED = re.compile(r"Expected `str`, got `(int|float)`$")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 
 
@@ -114,6 +115,8 @@ class Source:
             what = found["what"] if found else str(error)
             below = (found and found["path"]) or "$"
             full = path + below.removeprefix("key in ").removeprefix("$").split("[...]", 1)[0]
+            if _UNQUOTED.match(what):  # such as 22:00, which is a number to YAML
+                what += "; write it in quotes"
             if unknown := _UNKNOWN.search(what):
                 known = sorted(_fields(type_, below))
                 hint = f"; known here: {', '.join(known)}" if known else ""

@@ -62,6 +62,10 @@ def test_off_needs_no_quotes() -> None:
             "fixes: {reap-zombies: {maintenance_windows:\n\n\n [{start: '25:00', end: '01:00'}]}}",
             ("r.yml:4", "23:59"),
         ),
+        (
+            "fixes:\n reap-zombies:\n  maintenance_windows:\n   - {start: 22:00, end: 4:00}\n",
+            ("r.yml:4", "start", "in quotes"),
+        ),
         ("matchers:\n  - fix: nope\n    match: [a=b]\n", ("r.yml:2", "no such fix")),
         ("matchers:\n  - fix: reap-zombies\n    match: ['a=~\"(\"']\n", ("r.yml:2", "regular")),
         ("opt_out:\n  nodes: n1\n", ("r.yml:2", "nodes", "array")),

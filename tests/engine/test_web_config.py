@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import aiohttp
+import bcrypt
 import pytest
 from aiohttp import web
 from cryptography import x509
@@ -309,3 +310,43 @@ async def test_e55_a_handshake_that_never_ends_ends_soon(
         async with asyncio.timeout(10):
             assert await reader.read() == b""
         writer.close()
+
+
+async def test_e55_who_does_not_read_the_answer_is_hung_up_on() -> None:
+    async def much(_request: web.Request) -> web.Response:
+        return web.Response(body=bytes(20 << 20))
+
+    app = web.Application()
+    app.router.add_get("/", much)
+    listener = Listener(app, ("127.0.0.1", 0), idle_timeout=1.0)
+    await listener.start()
+    try:
+        with socket.create_connection(("127.0.0.1", listener.port)) as silent:
+            silent.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            while not listener._connections():
+                await asyncio.sleep(0.05)
+            async with asyncio.timeout(20):
+                while listener._connections():
+                    await asyncio.sleep(0.1)
+    finally:
+        await listener.aclose()
+
+
+@pytest.mark.parametrize(
+    ("host", "text", "warned"),
+    [
+        ("0.0.0.0", "basic_auth_users: {{a: {}}}", True),
+        ("127.0.0.1", "basic_auth_users: {{a: {}}}", False),
+        ("0.0.0.0", "", False),
+    ],
+)
+async def test_a_password_that_crosses_the_network_unencrypted_is_said(
+    tmp_path: Path, host: str, text: str, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "web.yml"
+    config.write_text(text.format(bcrypt.hashpw(b"x", bcrypt.gensalt(4)).decode()))
+    listener = Listener(web.Application(), (host, 0), config)
+    await listener.start()
+    await listener.aclose()
+    said = capsys.readouterr()
+    assert ("unencrypted" in said.out + said.err) is warned
