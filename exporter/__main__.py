@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -58,7 +59,8 @@ async def _serve(settings: config.Config) -> int:
         except AccessError as error:
             log.error("rollouts can't be seen until this is mended", why=str(error))
     collectors = {name: COLLECTORS[name](settings) for name in settings.collectors}
-    app = application(Scraper(collectors), settings.collectors)
+    scraper = Scraper(collectors)
+    app = application(scraper, settings.collectors)
     listener = Listener(app, settings.listen, settings.web_config_file)
     host, port = settings.listen
     try:
@@ -78,6 +80,10 @@ async def _serve(settings: config.Config) -> int:
     log.info("stopping")
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(listener.aclose(), 10)
+    if scraper.hanging:
+        log.warning("ends while a collector hangs")
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 

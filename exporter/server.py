@@ -78,12 +78,17 @@ class Scraper:
         self.started = True
 
     async def aclose(self) -> None:
-        """Stop the collectors; a thread that hangs in the kernel is left to the process's end."""
+        """Stop the collectors; a thread that hangs in the kernel is left behind, see `hanging`."""
         self.started = False
         for collector in self._collectors.values():
             await collector.aclose()
         for thread in self._threads.values():
             thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def hanging(self) -> bool:
+        """Whether a collector's thread is still at work; Python would wait for it at its end."""
+        return any(not run.done() for run in self._busy.values())
 
     async def scrape(self, timeout: float = _SCRAPE_TIMEOUT) -> list[Metric]:  # noqa: ASYNC109
         """All families; never raises for a collector's failure.
