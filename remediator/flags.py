@@ -132,7 +132,12 @@ def _acting(parser: FlagParser) -> None:
         metavar="NAME",
         help="this node's name in the cluster",
     )
-    parser.flag("cluster", default="", metavar="NAME", help="only alerts of this cluster are ours")
+    parser.flag(
+        "cluster",
+        default="",
+        metavar="NAME",
+        help="alerts with another `cluster` label are not ours",
+    )
     _kubeconfig(parser)
     for name, default, what in (
         ("rootfs", "/", "the root file system of the host"),
