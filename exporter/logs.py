@@ -41,9 +41,9 @@ def _inert_values(
     _logger: Any, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
     for key, value in event.items():
-        if key == "exception":
-            continue  # a traceback keeps its lines; it's rendered last and escaped by JSON
-        if isinstance(value, str):
+        if key == "exception":  # keeps its lines, which both formats escape
+            event[key] = "\n".join(inert(line) for line in str(value).split("\n"))
+        elif isinstance(value, str):
             event[key] = inert(value)
         elif not isinstance(value, (bool, int, float, type(None))):
             event[key] = inert(str(value))
