@@ -276,7 +276,7 @@ async def test_e55_out_of_file_descriptors_it_does_not_fill_the_disk_with_that(
         silent = [await asyncio.open_connection("127.0.0.1", daemon.port) for _ in range(150)]
         begun = time.monotonic()
         assert (await daemon.post(message(alert("web-1"))))[0] == 200
-        assert time.monotonic() - begun < 10  # before the silent ones' time is up
+        assert time.monotonic() - begun < 12  # before the silent ones' time is up
         assert "out of system resource" in daemon.log()
         assert len(daemon.log()) < 100_000
         for _, writer in silent:
@@ -291,8 +291,9 @@ async def test_e55_of_too_many_connections_those_go_that_never_asked(tmp_path: P
         await known.readuntil(b"healthy.\n")
         await asyncio.sleep(0.1)  # so that all the others are idle for a shorter time
         silent = [await asyncio.open_connection("127.0.0.1", daemon.port) for _ in range(20)]
-        await asyncio.sleep(4.5)
-        assert sum(reader.at_eof() for reader, _ in silent) >= 13
+        async with asyncio.timeout(12):  # before their time is up anyway
+            while sum(reader.at_eof() for reader, _ in silent) < 13:
+                await asyncio.sleep(0.1)
         writer.write(ask)
         async with asyncio.timeout(5):
             assert await known.readuntil(b"healthy.\n")

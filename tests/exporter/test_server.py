@@ -154,7 +154,7 @@ async def test_two_that_scrape_at_once_are_both_answered_in_their_time() -> None
         for seen in await asyncio.gather(*asked):
             assert (seen[_success("slow")], seen[_success("good")]) == (0, 1)
             assert seen["upkeep_test[('x', 'a')]"] == 1
-        assert asyncio.get_running_loop().time() - began < 2.5
+        assert asyncio.get_running_loop().time() - began < 4  # 6 if they waited for each other
         release.set()
 
 
