@@ -28,6 +28,7 @@ OUTCOMES = (
 
 _REMEMBERED = 2048  # bytes of an alert that is remembered; a larger one is read anew
 _MOST = 1_000_000_000  # alerts left out; JSON's numbers have no end, a counter's have
+_VALUES = 3_000_000  # ten times those of 20,000 alerts; each may take 100 bytes of memory
 _LONGEST = 256  # characters of an alert's name or fingerprint that are kept
 
 
@@ -157,6 +158,8 @@ def _unusable(moment: datetime) -> str:
 
 
 def _decode(body: bytes) -> _Message:
+    if body.count(b",") > _VALUES:
+        raise MessageError(f"the message holds more than {_VALUES} values; is it Alertmanager's?")
     try:
         message = _message.decode(body)
     except msgspec.ValidationError as error:

@@ -124,6 +124,16 @@ async def test_e9_a_huge_group_is_taken_whole(daemon: Daemon) -> None:
     assert len(await daemon.settled(50)) == 50
 
 
+async def test_e9_more_values_than_a_message_has_are_not_made_objects_of(daemon: Daemon) -> None:
+    """30 MB of them would take 1.3 GB, and the event loop for 16 s."""
+    body = b'{"version":"4","alerts":[' + b"1," * 15_000_000 + b"1]}"
+    begun = time.monotonic()
+    status, text = await daemon.post(body)
+    assert (status, "more than 3000000 values" in text) == (400, True)
+    assert time.monotonic() - begun < 10
+    assert (await daemon.post(message(alert("web-1"))))[0] == 200
+
+
 async def test_e9_100_megabytes_are_refused_and_not_kept(daemon: Daemon) -> None:
     assert daemon.process is not None
     before = psutil.Process(daemon.process.pid).memory_info().rss
