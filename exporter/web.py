@@ -203,17 +203,17 @@ class Listener:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_LOOK)
-            self._close_idle()
-            if self._look() == self._stamp:
-                continue
             try:
+                self._close_idle()
+                if self._look() == self._stamp:
+                    continue
                 await self.reload()
                 log.info("web configuration reloaded")
             except WebConfigError as error:
                 self._stamp = self._look()
                 log.error("the old web configuration stays in force", why=str(error))
             except Exception:
-                log.exception("the web configuration could not be reloaded")
+                log.exception("the look at connections and files failed; it is tried again")
 
     def _look(self) -> object:
         """Something that differs once any file was replaced or written."""
