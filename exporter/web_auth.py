@@ -52,6 +52,7 @@ class Access:
         self._right: dict[str, bytes] = {}
         self._wrong: OrderedDict[bytes, None] = OrderedDict()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="bcrypt")
+        self._checking: dict[bytes, asyncio.Future[bool]] = {}
         self._waiting: Counter[str] = Counter()
         # Hashes of no password, one for each cost: made, not computed, which would take as long.
         self._nobodies = [
@@ -103,7 +104,7 @@ class Access:
             return True
         if key in self._wrong:
             return False
-        right = await self._checked(password, hashed, neighbour) and known is not None
+        right = await self._checked(key, password, hashed, neighbour) and known is not None
         if right:
             self._right[name] = key
             return True
@@ -112,20 +113,27 @@ class Access:
             self._wrong.popitem(last=False)
         return False
 
-    async def _checked(self, password: bytes, hashed: bytes, neighbour: str) -> bool:
-        waiting = self._waiting
-        if waiting.total() >= _WAITING or waiting[neighbour] >= _WAITING_EACH:
-            raise _BusyError
-        waiting[neighbour] += 1
-        try:
+    async def _checked(self, key: bytes, password: bytes, hashed: bytes, neighbour: str) -> bool:
+        """What bcrypt says; the same credentials are checked once, however many bring them."""
+        found = self._checking.get(key)
+        if found is None:
+            waiting = self._waiting
+            if waiting.total() >= _WAITING or waiting[neighbour] >= _WAITING_EACH:
+                raise _BusyError
             # bcrypt reads 72 bytes, as exporter-toolkit's does.
-            return await asyncio.get_running_loop().run_in_executor(
+            found = asyncio.get_running_loop().run_in_executor(
                 self._threads, bcrypt.checkpw, password[:72].replace(b"\0", b"\xff"), hashed
             )
-        finally:
-            waiting[neighbour] -= 1
-            if not waiting[neighbour]:
-                del waiting[neighbour]
+            self._checking[key] = found
+            waiting[neighbour] += 1
+            found.add_done_callback(lambda _: self._forget(key, neighbour))
+        return await asyncio.shield(found)
+
+    def _forget(self, key: bytes, neighbour: str) -> None:
+        del self._checking[key]
+        self._waiting[neighbour] -= 1
+        if not self._waiting[neighbour]:
+            del self._waiting[neighbour]
 
 
 def _refused(status: int, why: str) -> web.Response:

@@ -177,6 +177,26 @@ async def test_e52_nor_who_comes_for_the_first_time_from_elsewhere(
     assert [await task for task in waiting].count(503) == 32
 
 
+async def test_e52_one_who_comes_many_times_at_once_is_checked_once(hashes: Compared) -> None:
+    """Alertmanager after a restart, with fifty groups at a time."""
+    asked = access()
+    many = (status(asked, basic("alertmanager", PASSWORD)) for _ in range(50))
+    assert set(await asyncio.gather(*many)) == {200}
+    assert len(hashes) == 1
+
+
+async def test_e52_a_client_that_goes_away_takes_no_other_with_it(slow: threading.Event) -> None:
+    asked = access()
+    gone, stays = (
+        asyncio.create_task(status(asked, basic("alertmanager", PASSWORD))) for _ in range(2)
+    )
+    await asyncio.sleep(0.1)
+    gone.cancel()
+    await asyncio.sleep(0.1)
+    slow.set()
+    assert await stays == 200
+
+
 async def test_e52_what_is_wrong_stays_wrong_without_another_bcrypt(hashes: Compared) -> None:
     asked = access()
     for _ in range(3):
