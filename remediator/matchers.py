@@ -64,7 +64,9 @@ def _parse(text: str) -> tuple[str, str, str]:
         try:
             value = json.loads(value)
         except ValueError:
-            raise ValueError(f"{text!r}: the quoted value can't be read") from None
+            raise ValueError(
+                f"{text}: the quoted value can't be read; a backslash is written twice"
+            ) from None
     if "~" in found["operator"]:
         if _NESTED.search(value):
             raise ValueError(f"{text!r}: a repetition of a repetition may take for ever; undo one")

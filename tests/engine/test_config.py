@@ -68,6 +68,10 @@ def test_off_needs_no_quotes() -> None:
         ),
         ("matchers:\n  - fix: nope\n    match: [a=b]\n", ("r.yml:2", "no such fix")),
         ("matchers:\n  - fix: reap-zombies\n    match: ['a=~\"(\"']\n", ("r.yml:2", "regular")),
+        (
+            "matchers:\n  - fix: reap-zombies\n    match: ['a=~\"b\\.c\"']\n",
+            ("r.yml:2", "a backslash is written twice"),
+        ),
         ("opt_out:\n  nodes: n1\n", ("r.yml:2", "nodes", "array")),
         ("a: 1\na: 2\n", ("r.yml:2", "twice")),
         ("fixes:\n\treap: 1\n", ("r.yml:2", "not YAML")),
