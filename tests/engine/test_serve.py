@@ -132,6 +132,7 @@ async def test_e56_what_waits_is_shown_whatever_came_after_it(tmp_path: Path) ->
 
 async def test_what_is_true_only_now_is_kept_by_nobody(tmp_path: Path) -> None:
     async with running(tmp_path) as daemon, aiohttp.ClientSession() as session:
+        await daemon.post(message(alert("web-1")))  # from here on there is a journal to show
         for path in ("/", "/api/v1/remediations"):
             async with session.get(daemon.url + path) as answer:
                 assert answer.headers["Cache-Control"] == "no-store"
