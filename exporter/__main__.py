@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -35,7 +36,14 @@ async def _check(settings: config.Config) -> int:
         return 1
     finally:
         await collector.aclose()
-    report.write(found, settings.output, sys.stdout)
+    try:
+        report.write(found, settings.output, sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        logs.hush(sys.stdout)
+    except OSError as error:
+        sys.stderr.write(f"upkeep-exporter: the findings can't be written: {error.strerror}\n")
+        return 1
     return 0
 
 
@@ -51,7 +59,8 @@ async def _serve(settings: config.Config) -> int:
         except AccessError as error:
             log.error("rollouts can't be seen until this is mended", why=str(error))
     collectors = {name: COLLECTORS[name](settings) for name in settings.collectors}
-    app = application(Scraper(collectors), settings.collectors)
+    scraper = Scraper(collectors)
+    app = application(scraper, settings.collectors)
     listener = Listener(app, settings.listen, settings.web_config_file)
     host, port = settings.listen
     try:
@@ -71,6 +80,10 @@ async def _serve(settings: config.Config) -> int:
     log.info("stopping")
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(listener.aclose(), 10)
+    if scraper.hanging:
+        log.warning("ends while a collector hangs")
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter import logs
-from exporter.flags import FlagParser, destination, duration, environment_name, listen_address
+from exporter.flags import (
+    FlagParser,
+    destination,
+    duration,
+    environment_name,
+    listen_address,
+    node_name,
+    path,
+)
 
 COLLECTOR_NAMES = ("certificates", "zombies", "rollouts")
 
@@ -62,7 +70,7 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
     )
     flags.flag(
         "web.config.file",
-        parse=Path,
+        parse=path,
         metavar="FILE",
         help="exporter-toolkit web configuration (TLS, client CA, basic auth)",
     )
@@ -74,7 +82,7 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
         ("cgroupfs", "the cgroup file system of the host"),
     ):
         flags.flag(
-            f"path.{name}", default=getattr(default, name), parse=Path, metavar="DIR", help=what
+            f"path.{name}", default=getattr(default, name), parse=path, metavar="DIR", help=what
         )
     flags.flag(
         "certificates.path",
@@ -108,12 +116,13 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
     )
     flags.flag(
         "kubeconfig",
-        parse=Path,
+        parse=path,
         metavar="FILE",
         help="API access for rollouts; default: the pod's own service account, else $KUBECONFIG",
     )
     flags.flag(
         "node-name",
+        parse=node_name,
         default=os.uname().nodename.lower(),
         metavar="NAME",
         help="this node's name in Kubernetes",
@@ -153,9 +162,9 @@ def parse(
     if not collectors and not given.check:
         flags.error("every collector is turned off; leave at least one on")
     for name in ("procfs", "rootfs", "cgroupfs"):
-        path: Path = getattr(given, f"path_{name}")
-        if name != "cgroupfs" and not path.is_dir():
-            flags.error(f"--path.{name}={path} is not a directory; name the host's {name}")
+        seen: Path = getattr(given, f"path_{name}")
+        if name != "cgroupfs" and not seen.is_dir():
+            flags.error(f"--path.{name}={seen} is not a directory; name the host's {name}")
     config = Config(
         listen=given.web_listen_address,
         web_config_file=given.web_config_file,

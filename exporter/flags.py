@@ -10,8 +10,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+_LONGEST = 36_500 * 86_400.0  # of a duration; dates and clocks end somewhere
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -185,10 +187,26 @@ def listen_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def path(text: str) -> Path:
+    """Read a path; an empty one, of a variable that isn't set, would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a path, or leave the flag out")
+    return Path(text)
+
+
+def node_name(text: str) -> str:
+    """Read a name as Kubernetes gives it to nodes, always in lower case."""
+    if not text or text != text.lower():
+        raise argparse.ArgumentTypeError(f"{text!r} is no node's name: they are lower case")
+    return text
+
+
 def duration(text: str) -> float:
     """Read `30`, `30s`, `5m`, `2h` or `14d` as seconds."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
     number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
     if not number.isascii() or not number.replace(".", "", 1).isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 30s, 5m, 2h or 14d")
-    return float(number) * units[unit]
+    if (seconds := float(number) * units[unit]) > _LONGEST:
+        raise argparse.ArgumentTypeError(f"{text[:30]!r} is longer than a hundred years")
+    return seconds

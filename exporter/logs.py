@@ -5,12 +5,16 @@ objects), so control characters are escaped here, once, for every line: a name c
 second line nor send escape codes to a terminal.
 """
 
+import codecs
 import logging
+import os
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
+
+codecs.lookup("unicode_escape")  # at its first use there may be no file descriptor to load it with
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("logfmt", "json")
@@ -26,13 +30,20 @@ def inert(text: str) -> str:
     )
 
 
+def hush(stream: TextIO) -> None:
+    """After a BrokenPipeError (`| head`): what else is written, at the end too, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def _inert_values(
     _logger: Any, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
     for key, value in event.items():
-        if key == "exception":
-            continue  # a traceback keeps its lines; it's rendered last and escaped by JSON
-        if isinstance(value, str):
+        if key == "exception":  # keeps its lines, which both formats escape
+            event[key] = "\n".join(inert(line) for line in str(value).split("\n"))
+        elif isinstance(value, str):
             event[key] = inert(value)
         elif not isinstance(value, (bool, int, float, type(None))):
             event[key] = inert(str(value))

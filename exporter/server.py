@@ -61,7 +61,6 @@ class Scraper:
         self._busy: dict[str, Future[_Run]] = {}
         self._began: dict[str, float] = {}
         self._failing: dict[str, str] = {}
-        self._lock = asyncio.Lock()
         process = CollectorRegistry()
         ProcessCollector(registry=process)
         self._process = process
@@ -79,12 +78,17 @@ class Scraper:
         self.started = True
 
     async def aclose(self) -> None:
-        """Stop the collectors; a thread that hangs in the kernel is left to the process's end."""
+        """Stop the collectors; a thread that hangs in the kernel is left behind, see `hanging`."""
         self.started = False
         for collector in self._collectors.values():
             await collector.aclose()
         for thread in self._threads.values():
             thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def hanging(self) -> bool:
+        """Whether a collector's thread is still at work; Python would wait for it at its end."""
+        return any(not run.done() for run in self._busy.values())
 
     async def scrape(self, timeout: float = _SCRAPE_TIMEOUT) -> list[Metric]:  # noqa: ASYNC109
         """All families; never raises for a collector's failure.
@@ -102,16 +106,16 @@ class Scraper:
             labels=["collector"],
         )
         families: list[Metric] = [success, duration, self._build, *self._process.collect()]
-        async with self._lock:
-            runs = {name: self._begin(name) for name in self._collectors}
-            waiting = [asyncio.wrap_future(run) for run in runs.values()]
-            if waiting:
-                await asyncio.wait(waiting, timeout=max(timeout - _MARGIN, timeout / 2))
-            for name, run in runs.items():
-                works, found = self._found(name, run)
-                success.add_metric([name], float(works))
-                duration.add_metric([name], self._seconds(name, run))
-                families.extend(found)
+        # Scrapes at once share a run: none waits until another one's time is up.
+        runs = {name: self._begin(name) for name in self._collectors}
+        waiting = [asyncio.wrap_future(run) for run in runs.values()]
+        if waiting:
+            await asyncio.wait(waiting, timeout=max(timeout - _MARGIN, timeout / 2))
+        for name, run in runs.items():
+            works, found = self._found(name, run)
+            success.add_metric([name], float(works))
+            duration.add_metric([name], self._seconds(name, run))
+            families.extend(found)
         return families
 
     def _begin(self, name: str) -> Future[_Run]:

@@ -21,6 +21,7 @@ from aiohttp import web
 from exporter.logs import get_logger
 from exporter.web_auth import Access
 from exporter.web_config import TlsConfig, WebConfig, WebConfigError, load, tls_context
+from exporter.web_site import Site, at_most
 
 __all__ = ["Demands", "Listener", "WebConfigError", "loopback"]
 
@@ -33,11 +34,11 @@ _LOOK = 2.0  # seconds between two looks at the files and the idle connections
 
 def loopback(host: str) -> bool:
     """Whether only this machine can reach a socket bound to `host`."""
-    if host == "localhost":
-        return True
     try:
+        if host == "localhost":  # whatever it resolves to here is listened on
+            host = _resolved(host, 0)[1]
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
+    except (OSError, ValueError):
         return False
 
 
@@ -46,7 +47,7 @@ class Demands(msgspec.Struct, frozen=True, kw_only=True):
 
     bearer_token_file: Path | None = None
     max_connections: int = 512
-    """Beyond it the longest idle ones are closed."""
+    """Beyond it idle ones are closed, first those that never asked anything."""
     never_open: str = ""
     """Why it may not be open to everybody, said where it would be; empty where it may."""
 
@@ -86,7 +87,7 @@ class Listener:
         self._busy: set[asyncio.BaseTransport] = set()
         self._idle_since: dict[asyncio.BaseTransport, tuple[float, bool]] = {}
         self._runner: web.AppRunner | None = None
-        self._site: web.SockSite | None = None
+        self._site: Site | None = None
         self._socket: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -132,6 +133,10 @@ class Listener:
         if self._stamp is None:
             self.load()
         self._socket = _listening(*self._address)
+        if self._access.secret and self._tls is None and not loopback(self._address[0]):
+            log.warning(
+                "passwords and tokens cross the network unencrypted: give tls_server_config"
+            )
         self._runner = web.AppRunner(
             self._app,
             access_log=None,
@@ -149,7 +154,11 @@ class Listener:
         before = self._tls
         self.load(demands)
         if self._runner is not None and (before is not None or self._tls is not None):
-            await self._serve()
+            try:
+                await self._serve()
+            except OSError:
+                self._stamp = None  # not in force yet: tried again at the next look
+                raise
 
     async def aclose(self) -> None:
         """Stop listening, let what is being answered end (5 s), close the rest."""
@@ -167,10 +176,22 @@ class Listener:
         if self._runner is None or self._socket is None:
             return
         old = self._site
-        self._site = web.SockSite(self._runner, self._socket.dup(), ssl_context=self._tls)
+        self._site = Site(self._runner, self._socket.dup(), self._tls)
         await self._site.start()
         if old is not None:
             await old.stop()
+            self._end_connections()
+
+    def _connections(self) -> list[web.RequestHandler]:
+        server = self._runner.server if self._runner is not None else None
+        return [] if server is None else server.connections
+
+    def _end_connections(self) -> None:
+        """Each once it is answered: it may have been let in by what was taken away."""
+        for connection in self._connections():
+            if (transport := connection.transport) is not None and transport not in self._busy:
+                transport.close()
+            connection.close()
 
     def _stand_before(self, runner: web.AppRunner) -> None:
         """Let every request come here before the application sees it."""
@@ -223,17 +244,17 @@ class Listener:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_LOOK)
-            self._close_idle()
-            if self._look() == self._stamp:
-                continue
             try:
+                self._close_idle()
+                if self._look() == self._stamp:
+                    continue
                 await self.reload()
                 log.info("web configuration reloaded")
             except WebConfigError as error:
                 self._stamp = self._look()
                 log.error("the old web configuration stays in force", why=str(error))
             except Exception:
-                log.exception("the web configuration could not be reloaded")
+                log.exception("the look at connections and files failed; it is tried again")
 
     def _look(self) -> object:
         """Something that differs once any file was replaced or written."""
@@ -246,21 +267,22 @@ class Listener:
 
     def _close_idle(self) -> None:
         """Close who connects and says nothing, and the longest idle where there are too many."""
-        server = self._runner.server if self._runner is not None else None
-        if server is None:
-            return
         now = time.monotonic()
         open_now: list[asyncio.BaseTransport] = [
-            p.transport for p in server.connections if p.transport is not None
+            p.transport for p in self._connections() if p.transport is not None
         ]
         idle = {t: self._idle_since.get(t, (now, False)) for t in open_now if t not in self._busy}
         self._idle_since = idle
         for transport, (since, served) in idle.items():
             if not served and now - since > self._request_timeout:
                 transport.close()
-        excess = len(open_now) - self._demands.max_connections
-        if excess > 0:
-            for transport in sorted(idle, key=lambda t: idle[t][0])[:excess]:
+            elif now - since > self._idle_timeout + _LOOK and isinstance(
+                transport, asyncio.Transport
+            ):
+                transport.abort()  # idle ones have gone by now: this one doesn't read its answer
+        excess = len(open_now) - at_most(self._demands.max_connections)
+        if excess > 0:  # who has been answered is known; who never asked is not
+            for transport in sorted(idle, key=lambda t: (idle[t][1], idle[t][0]))[:excess]:
                 transport.close()
 
 
@@ -291,6 +313,11 @@ def _listening(host: str, port: int) -> socket.socket:
                 ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
             )
         return socket.create_server(("", port), backlog=1024)
+    family, address = _resolved(host, port)
+    return socket.create_server((address, port), family=family, backlog=1024)
+
+
+def _resolved(host: str, port: int) -> tuple[int, str]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = found[0]
-    return socket.create_server((str(address[0]), port), family=family, backlog=1024)
+    return family, str(address[0])

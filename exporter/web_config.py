@@ -4,6 +4,8 @@ The format of every Prometheus exporter, so that nobody learns another one. What
 can't do is refused in words; a security option is never silently weaker than written.
 """
 
+import ipaddress
+import os
 import re
 import ssl
 from collections.abc import Mapping
@@ -12,7 +14,8 @@ from typing import Any
 
 import bcrypt
 import msgspec
-import yaml
+
+from exporter.yaml_source import ConfigError, Source, read_source
 
 
 class WebConfigError(Exception):
@@ -55,39 +58,40 @@ _CLIENT_AUTH = {
     "VerifyClientCertIfGiven": ssl.CERT_OPTIONAL,
     "RequireAndVerifyClientCert": ssl.CERT_REQUIRED,
 }
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 _VERSIONS = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
 
 
 def load(path: Path) -> WebConfig:
     """Read and check the file; `WebConfigError` with one sentence."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WebConfigError(f"{path} can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f":{where.line + 1}" if where else ""
-        raise WebConfigError(f"{path}{line} is not YAML") from None
-    try:
-        config = msgspec.convert({} if values is None else values, WebConfig)
-    except msgspec.ValidationError as error:
-        raise WebConfigError(f"{path}: {error}") from None
-    for user, hashed in config.basic_auth_users.items():
-        _check_hash(path, user, hashed)
+        source = read_source(path)
+        config = source.convert(source.value, WebConfig, "$")
+        for user, hashed in config.basic_auth_users.items():
+            _check_hash(source, user, hashed)
+        for name, value in config.http_server_config.headers.items():
+            if not _HEADER.fullmatch(name) or not _VALUE.fullmatch(value):
+                below = f"$.http_server_config.headers.{name}"
+                raise source.error(below, "no header can be called so, or hold this")
+    except ConfigError as error:
+        raise WebConfigError(str(error)) from None
     return config
 
 
-def _check_hash(path: Path, user: str, hashed: str) -> None:
-    if not re.fullmatch(r"\$2[abxy]\$\d\d\$[./A-Za-z0-9]{53}", hashed) or ":" in user:
-        raise WebConfigError(
-            f"{path}: basic_auth_users.{user} is no bcrypt hash; make one by `htpasswd -nBC 10 ''`"
-        )
-    if int(hashed[4:6]) > 16:
-        raise WebConfigError(f"{path}: basic_auth_users.{user}: a cost above 16 takes seconds")
+def _check_hash(source: Source, user: str, hashed: str) -> None:
+    """That it is one. Its own cost would hold up the event loop, for each user, at each reload."""
+    where = f"$.basic_auth_users.{user}"
+    cost = int(hashed[4:6]) if re.fullmatch(r"\$2[abxy]\$\d\d\$[./A-Za-z0-9]{53}", hashed) else 0
+    if cost > 16:
+        raise source.error(where, "a cost above 16 takes seconds")
     try:
-        bcrypt.checkpw(b"", hashed.encode())
+        usable = cost >= 4 and ":" not in user
+        bcrypt.checkpw(b"", f"{hashed[:4]}04{hashed[6:]}".encode())
     except ValueError:
-        raise WebConfigError(f"{path}: basic_auth_users.{user} is no bcrypt hash") from None
+        usable = False
+    if not usable:
+        raise source.error(where, "this is no bcrypt hash; make one by `htpasswd -nBC 10 ''`")
 
 
 def tls_context(config: TlsConfig, folder: Path) -> ssl.SSLContext:
@@ -100,17 +104,17 @@ def tls_context(config: TlsConfig, folder: Path) -> ssl.SSLContext:
         context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
     certificate, key = folder / config.cert_file, folder / config.key_file
     for file in (certificate, key):
-        if not file.is_file():
+        if not os.path.isfile(file):  # noqa: PTH113 - never raises, whatever may be read
             raise WebConfigError(f"tls_server_config: {file} is no file")
     try:
         # A key with a passphrase must not make OpenSSL ask for it on the terminal.
         context.load_cert_chain(certificate, key, password="")
-        if config.cipher_suites:
-            context.set_ciphers(":".join(_openssl_name(name) for name in config.cipher_suites))
     except (ssl.SSLError, OSError) as error:
         raise WebConfigError(
             f"tls_server_config: {certificate} and {key} can't be used: {_why(error)}"
         ) from None
+    if config.cipher_suites:
+        context.set_ciphers(":".join(_openssl_name(name) for name in config.cipher_suites))
     context.verify_mode = _CLIENT_AUTH[config.client_auth_type]
     if config.client_ca_file:
         authority = folder / config.client_ca_file
@@ -142,6 +146,8 @@ def _refuse_unsupported(config: TlsConfig) -> None:
     for option, version in (("min", config.min_version), ("max", config.max_version)):
         if version not in _VERSIONS:
             raise WebConfigError(f"tls_server_config.{option}_version: one of TLS12, TLS13")
+    if _VERSIONS[config.min_version] > _VERSIONS[config.max_version]:
+        raise WebConfigError("tls_server_config: no version is between min_version and max_version")
     if config.curve_preferences:
         raise WebConfigError("tls_server_config.curve_preferences can't be set here; remove it")
 
@@ -149,12 +155,18 @@ def _refuse_unsupported(config: TlsConfig) -> None:
 def _openssl_name(name: str) -> str:
     """Go's name of a TLS 1.2 suite in OpenSSL's spelling."""
     exchange, _, cipher = name.removeprefix("TLS_").partition("_WITH_")
-    cipher = re.sub(r"AES_(\d+)", r"AES\1", cipher).replace("_SHA256", "-SHA256")
+    cipher = re.sub(r"AES_(\d+)", r"AES\1", cipher).replace("_CBC", "")
     if "CHACHA20" in cipher:
         cipher = "CHACHA20-POLY1305"
-    if not cipher:
-        raise WebConfigError(f"tls_server_config.cipher_suites: {name} is unknown")
-    return f"{exchange}-{cipher}".replace("_", "-").removeprefix("RSA-")
+    found = f"{exchange}-{cipher}".replace("_", "-").removeprefix("RSA-")
+    try:
+        # Alone: of several, OpenSSL passes over those that it doesn't know.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(found if cipher else "")
+    except ssl.SSLError:
+        raise WebConfigError(
+            f"tls_server_config.cipher_suites: {name} is no suite of TLS 1.2 that can be had here"
+        ) from None
+    return found
 
 
 def _why(error: Exception) -> str:
@@ -165,4 +177,12 @@ def _why(error: Exception) -> str:
 
 def peer_names(certificate: Mapping[str, Any]) -> list[str]:
     """Subject alternative names of a verified client certificate, as `ssl` decodes it."""
-    return [str(value) for _, value in certificate.get("subjectAltName", ())]
+    return [spelt(str(value)) for _, value in certificate.get("subjectAltName", ())]
+
+
+def spelt(name: str) -> str:
+    """The one spelling of an address; any other name as it is."""
+    try:
+        return str(ipaddress.ip_address(name.strip()))
+    except ValueError:
+        return name

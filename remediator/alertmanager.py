@@ -27,6 +27,8 @@ OUTCOMES = (
 """What may become of an alert: the label `outcome` of upkeep_webhook_alerts_total."""
 
 _REMEMBERED = 2048  # bytes of an alert that is remembered; a larger one is read anew
+_MOST = 1_000_000_000  # alerts left out; JSON's numbers have no end, a counter's have
+_VALUES = 3_000_000  # ten times those of 20,000 alerts; each may take 100 bytes of memory
 _LONGEST = 256  # characters of an alert's name or fingerprint that are kept
 
 
@@ -90,7 +92,7 @@ class Reader:
         message = _decode(body)
         outcomes: dict[str, int] = {}
         if message.truncated_alerts > 0:
-            outcomes["truncated"] = message.truncated_alerts
+            outcomes["truncated"] = min(message.truncated_alerts, _MOST)
         requests, problems = [], []
         for raw in message.alerts:
             alert = bytes(raw)
@@ -156,6 +158,8 @@ def _unusable(moment: datetime) -> str:
 
 
 def _decode(body: bytes) -> _Message:
+    if body.count(b",") > _VALUES:
+        raise MessageError(f"the message holds more than {_VALUES} values; is it Alertmanager's?")
     try:
         message = _message.decode(body)
     except msgspec.ValidationError as error:

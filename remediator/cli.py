@@ -10,11 +10,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
+from aiohttp import web
 
 from exporter.kubernetes import AccessError, check_access
-from exporter.logs import inert
+from exporter.logs import hush, inert
+from exporter.web import Demands, Listener, WebConfigError
 from remediator.config import ConfigError
 from remediator.daemon import load_config, make_fixes
 from remediator.fixes import FIXES, Entry
@@ -52,8 +55,22 @@ async def command(
             case _:
                 return await _with_journal(given, flags, fixes)
     except (CommandError, ConfigError, ConflictError, JournalError, TargetError) as error:
-        sys.stderr.write(f"upkeep-remediator: {inert(str(error))}\n")
-        return 1
+        problem = str(error)
+    except PermissionError as error:
+        problem = f"this user may not use {error.filename or 'that'}; try it as root"
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        problem = f"{where}{error.strerror or error}"
+    sys.stderr.write(f"upkeep-remediator: {inert(problem)}\n")
+    return 1
+
+
+def _say(text: str) -> None:
+    """Print a line. Where nobody reads on (`| head`), the command goes on all the same."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        hush(sys.stdout)
 
 
 def _check_config(flags: Flags, fixes: Mapping[str, Entry]) -> int:
@@ -61,12 +78,15 @@ def _check_config(flags: Flags, fixes: Mapping[str, Entry]) -> int:
         raise CommandError("no file to check; name it by --config.file")
     loaded, settings = load_config(flags, fixes)
     make_fixes(flags, settings, fixes)
+    token = loaded.webhook.bearer_token_file
+    demands = Demands(bearer_token_file=Path(token) if token else None)
     try:
+        Listener(web.Application(), flags.listen, flags.web_config_file, demands=demands).load()
         check_access(flags.kubeconfig, os.environ)
-    except AccessError as error:
+    except (AccessError, WebConfigError) as error:
         raise CommandError(str(error)) from None
     modes = ", ".join(f"{name}: {policy.mode}" for name, policy in loaded.fixes.items())
-    print(f"{flags.config_file}: good ({modes})")
+    _say(f"{flags.config_file}: good ({modes})")
     return 0
 
 
@@ -78,13 +98,13 @@ async def _with_journal(given: argparse.Namespace, flags: Flags, fixes: Mapping[
     try:
         match given.command:
             case "list":
-                return await _list(given, journal)
+                return await _list(given, journal, fixes)
             case "show":
                 return await _show(given, journal)
             case "approve":
                 found = await _get(journal, given.id)
                 done = await journal.approve(found.id, _person())
-                print(f"{done.id}: approved; it acts when it's next looked at")
+                _say(f"{done.id}: approved; it acts when it's next looked at")
                 return 0
             case _:
                 return await _pause_or_resume(given, journal, fixes)
@@ -92,7 +112,10 @@ async def _with_journal(given: argparse.Namespace, flags: Flags, fixes: Mapping[
         await journal.aclose()
 
 
-async def _list(given: argparse.Namespace, journal: SqliteJournal) -> int:
+async def _list(
+    given: argparse.Namespace, journal: SqliteJournal, fixes: Mapping[str, Entry]
+) -> int:
+    _refuse_unknown(given.fix, fixes)
     found = await journal.find(
         fix=given.fix,
         phase=Phase(given.phase) if given.phase else None,
@@ -117,7 +140,7 @@ async def _list(given: argparse.Namespace, journal: SqliteJournal) -> int:
     _print_table(("ID", "TIME (UTC)", "FIX", "TARGET", "PHASE", "REASON", "MESSAGE"), rows)
     for pause in await journal.pauses():
         text = f"{pause.fix} is paused since {_time(pause.since)} by {pause.by}: {pause.why}"
-        print(inert(text))
+        _say(inert(text))
     return 0
 
 
@@ -140,21 +163,26 @@ async def _get(journal: SqliteJournal, remediation_id: str) -> Remediation:
 async def _pause_or_resume(
     given: argparse.Namespace, journal: SqliteJournal, fixes: Mapping[str, Entry]
 ) -> int:
-    if given.fix and given.fix not in fixes:
-        raise CommandError(f"no such fix: {given.fix}; known: {', '.join(sorted(fixes))}")
+    _refuse_unknown(given.fix, fixes)
+    said = []
     for name in [given.fix] if given.fix else sorted(fixes):
         if given.command == "pause":
             done = await journal.pause(name, _person(), given.why)
-            print(f"{name}: {'paused' if done else 'was paused already'}")
+            said.append(f"{name}: {'paused' if done else 'was paused already'}")
         else:
             done = await journal.resume(name, _person())
-            print(f"{name}: {'acts again' if done else 'was not paused'}")
+            said.append(f"{name}: {'acts again' if done else 'was not paused'}")
+    _say("\n".join(said))  # not before all is done: that can't be printed stops none of it
     return 0
 
 
+def _refuse_unknown(fix: str, fixes: Mapping[str, Entry]) -> None:
+    if fix and fix not in fixes:
+        raise CommandError(f"no such fix: {fix}; known: {', '.join(sorted(fixes))}")
+
+
 async def _run(given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entry]) -> int:
-    if given.fix not in fixes:
-        raise CommandError(f"no such fix: {given.fix}; known: {', '.join(sorted(fixes))}")
+    _refuse_unknown(given.fix, fixes)
     loaded, settings = load_config(flags, fixes, only=given.fix)
     fix = make_fixes(flags, settings, {given.fix: fixes[given.fix]})[given.fix]
     looking = fix
@@ -209,7 +237,7 @@ def _list_backups(given: argparse.Namespace, fix: Restorable) -> int:
         _print_json(found)
         return 0
     if not found:
-        print("there are no backups yet")
+        _say("there are no backups yet")
         return 0
     rows = [(b.name, _time(b.created), f"{b.size / 1e3:.0f} kB", b.node, b.holds) for b in found]
     _print_table(("BACKUP", "MADE (UTC)", "SIZE", "NODE", "HOLDS"), rows)
@@ -229,7 +257,7 @@ def _live_journal(given: argparse.Namespace, flags: Flags) -> LiveJournal:
 async def _finish_left(given: argparse.Namespace, hands: Hands, target: Target) -> None:
     for left in await hands.finish_left(target):
         if given.output != "json":
-            print(inert(f"finished first, left by a process that died: {_outcome(left)}"))
+            _say(inert(f"finished first, left by a process that died: {_outcome(left)}"))
 
 
 def _print_end(given: argparse.Namespace, found: Remediation | None) -> None:
@@ -237,7 +265,7 @@ def _print_end(given: argparse.Namespace, found: Remediation | None) -> None:
         if given.output == "json":
             _print_json(found)
         elif found is not None:
-            print(inert(_outcome(found)), flush=True)
+            _say(inert(_outcome(found)))
 
 
 def _outcome(found: Remediation) -> str:
@@ -246,7 +274,10 @@ def _outcome(found: Remediation) -> str:
 
 def _person() -> str:
     """Who sits at the keyboard, through sudo too."""
-    return os.environ.get("SUDO_USER") or getpass.getuser()
+    try:
+        return os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in a container
+        return f"uid {os.getuid()}"
 
 
 def _time(moment: datetime | None) -> str:
@@ -254,7 +285,7 @@ def _time(moment: datetime | None) -> str:
 
 
 def _print_json(value: object) -> None:
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    _say(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -263,7 +294,7 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
-        print("  ".join((*cells, line[-1])).rstrip())
+        _say("  ".join((*cells, line[-1])).rstrip())
 
 
 def _print_whole(found: Remediation) -> None:
@@ -284,12 +315,12 @@ def _print_whole(found: Remediation) -> None:
     )
     for name, value in facts:
         if value:
-            print(f"{name + ':':14}{inert(value)}")
+            _say(f"{name + ':':14}{inert(value)}")
     for alert in found.alerts:
         state = "resolved" if alert.resolved else "firing"
-        print(f"{'alert:':14}{inert(alert.name)} since {_time(alert.starts_at)}, {state}")
+        _say(f"{'alert:':14}{inert(alert.name)} since {_time(alert.starts_at)}, {state}")
     if found.steps:
-        print()
+        _say("")
         rows = [
             (
                 _time(step.started_at),

@@ -9,16 +9,23 @@ import re
 from collections.abc import Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from exporter.flags import duration
+from exporter.yaml_source import ConfigError, Source, read_source
 from remediator.matchers import Matcher
 from remediator.windows import Window
-from remediator.yaml_source import ConfigError, Source, read_source
 
 __all__ = ["Config", "ConfigError", "FixPolicy", "Mode", "OptOut", "Seconds", "load", "parse"]
+
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+Bytes = Annotated[int, msgspec.Meta(ge=1024, le=1 << 40)]
+
+_PATTERN = re.compile(r"[a-z0-9*.-]+")
+_OF_NAMESPACE = re.compile(r"\*|[a-z0-9*.-]+/[a-z0-9*.-]+")
 
 
 class Seconds(float):
@@ -42,11 +49,11 @@ class FixPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     cooldown: Seconds = Seconds(600)
     """Rest for a target after the fix acted on it, whatever came of it; likewise for its workload,
     where pods come back under new names."""
-    max_acts: int = 20
+    max_acts: Annotated[int, msgspec.Meta(le=1_000_000)] = 20
     """More than this many acts within `window` is a storm: the fix pauses until resumed."""
     window: Seconds = Seconds(3600)
     """The span in which `max_acts` are counted."""
-    max_concurrent: int = 1
+    max_concurrent: Annotated[int, msgspec.Meta(le=1000)] = 1
     """How many may run at once."""
     maintenance_windows: tuple[Window, ...] = ()
     """When it may act; outside it waits. Without any: always."""
@@ -77,17 +84,29 @@ class OptOut(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     deployments: tuple[str, ...] = ()
     """namespace/deployment."""
 
+    def __post_init__(self) -> None:
+        """What could never match anything forbids nothing, whoever wrote it."""
+        for kind, patterns in msgspec.structs.asdict(self).items():
+            whole = kind in ("pods", "deployments")
+            for pattern in patterns:
+                if not (_OF_NAMESPACE if whole else _PATTERN).fullmatch(pattern):
+                    wanted = f"namespace/{kind[:-1]}" if whole else f"the name of a {kind[:-1]}"
+                    raise ValueError(
+                        f"{kind}: {pattern[:100]!r} would match nothing; write {wanted} in lower "
+                        "case, * for any characters"
+                    )
+
 
 class JournalOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bounds of the journal."""
 
-    max_bytes: int = 256 << 20
+    max_bytes: Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 40)] = 256 << 20
     """Largest size of the file; when full, webhooks get 503."""
-    max_records: int = 10_000
+    max_records: Count = 10_000
     """Ended remediations kept, refusals dropped first."""
     max_age: Seconds = Seconds(90 * 86400)
     """How long ended remediations are kept."""
-    max_active: int = 20_000
+    max_active: Count = 20_000
     """Remediations that may wait or run; beyond it webhooks get 503."""
 
 
@@ -98,14 +117,21 @@ class WebhookOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """File whose content authorises requests as `Authorization: Bearer …`; read again on change."""
     allow_unauthenticated: bool = False
     """Listen beyond loopback with neither credentials nor client certificates."""
-    max_body_bytes: int = 32 << 20
+    max_body_bytes: Bytes = 32 << 20
     """Largest message; a larger one gets 413, which Alertmanager doesn't retry."""
-    max_bytes_in_flight: int = 64 << 20
+    max_bytes_in_flight: Bytes = 64 << 20
     """All bodies being read at once; beyond it 503, which Alertmanager retries."""
     body_timeout: Seconds = Seconds(10)
     """How long a client may take to send its message."""
-    max_connections: int = 512
-    """Beyond it the longest idle one is closed."""
+    max_connections: Count = 512
+    """Beyond it idle ones are closed, first those that never asked anything."""
+
+    def __post_init__(self) -> None:
+        """Limits that no message could keep are refused."""
+        if self.body_timeout <= 0:
+            raise ValueError("body_timeout must be longer than nothing")
+        if self.max_bytes_in_flight < self.max_body_bytes:
+            raise ValueError("max_bytes_in_flight must hold one message of max_body_bytes")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

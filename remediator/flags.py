@@ -1,6 +1,7 @@
 """The remediator's command line: flags, subcommands, and what they mean as one value."""
 
 import argparse
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from exporter import config, logs
-from exporter.flags import FlagParser, listen_address
+from exporter.flags import FlagParser, listen_address, node_name, path
 from remediator.model import Phase
 
 DEFAULT_JOURNAL = Path("/var/lib/upkeep/remediator.db")
@@ -63,12 +64,7 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
         metavar="[HOST]:PORT",
         help="where to listen; an empty host means every address",
     )
-    serve.flag(
-        "web.config.file",
-        parse=Path,
-        metavar="FILE",
-        help="exporter-toolkit web configuration (TLS, client CA, basic auth)",
-    )
+    _web_config(serve)
     run = command("run", "run one fix by hand, now")
     _acting(run)
     run.add_argument("fix", metavar="FIX", help="rotate-certificates, reap-zombies, …")
@@ -99,21 +95,25 @@ def parser(environ: Mapping[str, str] | None = None) -> FlagParser:
     listing.add_argument("--limit", type=_positive, default=50, help="at most so many, default 50")
     _output(listing)
     show = command("show", "show one remediation with its steps")
-    show.add_argument("id", metavar="ID", help="its id, or an unambiguous beginning of it")
+    show.add_argument(
+        "id", metavar="ID", type=_id, help="its id, or an unambiguous beginning of it"
+    )
     _output(show)
     approve = command("approve", "let a waiting remediation act")
-    approve.add_argument("id", metavar="ID")
+    approve.add_argument("id", metavar="ID", type=_id)
     pause = command("pause", "stop a fix, or every fix, from acting")
     pause.add_argument("fix", metavar="FIX", nargs="?", default="")
     pause.add_argument("--why", default="by hand", help="said with every refusal")
     resume = command("resume", "let a fix, or every fix, act again")
     resume.add_argument("fix", metavar="FIX", nargs="?", default="")
-    _kubeconfig(command("check-config", "read the configuration and say what is wrong with it"))
+    check = command("check-config", "read the configuration and say what is wrong with it")
+    _kubeconfig(check)
+    _web_config(check)
     return root
 
 
 def _common(parser: FlagParser, log_level: str) -> None:
-    parser.flag("config.file", parse=Path, metavar="FILE", help="guardrails: docs/remediator.md")
+    parser.flag("config.file", parse=path, metavar="FILE", help="guardrails: docs/remediator.md")
     parser.flag(
         "journal", default=DEFAULT_JOURNAL, parse=_file, metavar="FILE", help="the journal's file"
     )
@@ -127,11 +127,17 @@ def _acting(parser: FlagParser) -> None:
     parser.switch("dry-run", default=False, help="check and decide, but change nothing")
     parser.flag(
         "node-name",
+        parse=node_name,
         default=socket.gethostname().lower(),
         metavar="NAME",
         help="this node's name in the cluster",
     )
-    parser.flag("cluster", default="", metavar="NAME", help="only alerts of this cluster are ours")
+    parser.flag(
+        "cluster",
+        default="",
+        metavar="NAME",
+        help="alerts with another `cluster` label are not ours",
+    )
     _kubeconfig(parser)
     for name, default, what in (
         ("rootfs", "/", "the root file system of the host"),
@@ -139,15 +145,24 @@ def _acting(parser: FlagParser) -> None:
         ("cgroupfs", "/sys/fs/cgroup", "the cgroup file system of the host"),
         ("locks", str(DEFAULT_LOCKS), "the host's folder of lock files"),
     ):
-        parser.flag(f"path.{name}", default=Path(default), parse=Path, metavar="DIR", help=what)
+        parser.flag(f"path.{name}", default=Path(default), parse=path, metavar="DIR", help=what)
 
 
 def _kubeconfig(parser: FlagParser) -> None:
     parser.flag(
         "kubeconfig",
-        parse=Path,
+        parse=path,
         metavar="FILE",
         help="API access; default: the pod's own service account, else $KUBECONFIG",
+    )
+
+
+def _web_config(parser: FlagParser) -> None:
+    parser.flag(
+        "web.config.file",
+        parse=path,
+        metavar="FILE",
+        help="exporter-toolkit web configuration (TLS, client CA, basic auth)",
     )
 
 
@@ -163,13 +178,19 @@ def _file(text: str) -> Path:
             "cluster mode is not built yet, so the journal is a file: name one, by default "
             f"{DEFAULT_JOURNAL}"
         )
-    return Path(text)
+    return path(text)
 
 
 def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text[:30]!r} is not a number above 0, of 9 digits")
     return int(text)
+
+
+def _id(text: str) -> str:
+    if not text:  # would be an unambiguous beginning of the only one there is
+        raise argparse.ArgumentTypeError("it is empty; `list` shows the ids")
+    return text
 
 
 def read(
@@ -179,8 +200,10 @@ def read(
     root = parser(environ)
     given = root.parse_args(arguments)
     _refuse_unknown_variables(root)
-    if not (name := getattr(given, "node_name", "node")) or name != name.lower():
-        root.error(f"--node-name {name!r} is no node's name: they are lower case")
+    for name in ("rootfs", "procfs"):
+        seen: Path = getattr(given, f"path_{name}", Path("/"))
+        if not seen.is_dir():  # everything in it would be missing, and nothing broken
+            root.error(f"--path.{name}={seen} is not a directory; name the host's {name}")
     return given, Flags(
         listen=getattr(given, "web_listen_address", ("", 9791)),
         web_config_file=getattr(given, "web_config_file", None),

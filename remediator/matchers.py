@@ -11,6 +11,12 @@ _MATCHER = re.compile(
 )
 
 
+# A group that repeats and holds a repetition: Python may try for ever, Alertmanager never does.
+_NESTED = re.compile(r"\((?:[^()\\]|\\.)*[*+}](?:[^()\\]|\\.)*\)[*+{]")
+_LONGEST = 1024  # characters of a value that is compared with a pattern
+_PARTS = ("node", "namespace", "pod", "container", "deployment", "cluster")
+
+
 class Matcher(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Alerts that match all of `match` ask for `fix`."""
 
@@ -26,12 +32,18 @@ class Matcher(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError("a matcher without `match` would take every alert")
         for text in self.match:
             _parse(text)
+        if unknown := sorted(self.labels.keys() - set(_PARTS)):
+            raise ValueError(
+                f"labels: {unknown[0]!r} is no part of a target; those are {', '.join(_PARTS)}"
+            )
 
     def matches(self, labels: Mapping[str, str]) -> bool:
         """Whether an alert with these labels asks for `fix`. A missing label is an empty one."""
         for text in self.match:
             name, operator, value = _parse(text)
             given = labels.get(name, "")
+            if "~" in operator and len(given) > _LONGEST:
+                return False
             hit = re.fullmatch(value, given) is not None if "~" in operator else given == value
             if hit != (operator[0] == "="):
                 return False
@@ -52,8 +64,12 @@ def _parse(text: str) -> tuple[str, str, str]:
         try:
             value = json.loads(value)
         except ValueError:
-            raise ValueError(f"{text!r}: the quoted value can't be read") from None
+            raise ValueError(
+                f"{text}: the quoted value can't be read; a backslash is written twice"
+            ) from None
     if "~" in found["operator"]:
+        if _NESTED.search(value):
+            raise ValueError(f"{text!r}: a repetition of a repetition may take for ever; undo one")
         try:
             re.compile(value)
         except re.error as error:

@@ -24,7 +24,9 @@ log = get_logger("remediator.server")
 
 _MOST = 1000  # remediations in one answer
 _INERT = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -176,7 +178,7 @@ class Api:
             )
         except JournalError as error:
             return self._unavailable(error)
-        return _answer(found)
+        return _shown(found)
 
     async def get(self, request: web.Request) -> web.Response:
         try:
@@ -185,11 +187,16 @@ class Api:
             return self._unavailable(error)
         if found is None:
             return _refused(404, "there is no such remediation")
-        return _answer(found)
+        return _shown(found)
 
     async def page(self, request: web.Request) -> web.Response:
         try:
             counts = await self._journal.counts()
+            active = [
+                found
+                for phase in (Phase.RUNNING, Phase.ADMITTED, Phase.PENDING)
+                for found in await self._journal.find(phase=phase, limit=100)
+            ]
             recent = await self._journal.find(limit=100)
             chosen = await self._journal.get(request.query["id"]) if "id" in request.query else None
         except JournalError as error:
@@ -199,6 +206,7 @@ class Api:
             dry_run=self._dry_run,
             config=self._config(),
             counts=counts,
+            active=active,
             recent=recent,
             chosen=chosen,
         )
@@ -240,6 +248,13 @@ class Api:
 
 def _answer(value: object) -> web.Response:
     return web.Response(body=msgspec.json.encode(value) + b"\n", content_type="application/json")
+
+
+def _shown(value: object) -> web.Response:
+    """An answer that is only true now, and for who asked."""
+    response = _answer(value)
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 def _refused(status: int, why: str) -> web.Response:

@@ -67,11 +67,14 @@ def status_page(
     dry_run: bool,
     config: Config,
     counts: Counts,
+    active: Sequence[Remediation],
     recent: Sequence[Remediation],
     chosen: Remediation | None,
 ) -> str:
-    """The whole page; `chosen` is the one whose steps are shown, where one was asked for."""
-    active = [r for r in recent if not r.phase.terminal]
+    """The whole page; `chosen` is the one whose steps are shown, where one was asked for.
+
+    active: those that have not ended, apart from what is recent: refusals must not crowd them out.
+    """
     ended = [r for r in recent if r.phase.terminal]
     waiting = sum(counts.active.values())
     head = ("Id", "Time (UTC)", "Fix", "Target", "Phase", "Reason", "Message")
@@ -88,6 +91,7 @@ def status_page(
         ]
         for name, policy in sorted(config.fixes.items())
     )
+    shown = "" if waiting <= len(active) else f", of which {len(active)} are shown"
     note = '<p class="note">Dry run: nothing is changed.</p>' if dry_run else ""
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -97,7 +101,7 @@ def status_page(
         + (_details(chosen) if chosen else "")
         + "<h2>Fixes</h2>"
         + _table(("Fix", "Mode", "Paused", "Last success", "Last failure"), fixes, "None.")
-        + f"<h2>Active ({waiting})</h2>"
+        + f"<h2>Active ({waiting}{shown})</h2>"
         + _table(head, map(_row, active), "Nothing waits and nothing runs.")
         + "<h2>History</h2>"
         + _table(head, map(_row, ended), "Nothing yet.")

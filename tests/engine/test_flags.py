@@ -34,7 +34,8 @@ def test_defaults_are_the_contract() -> None:
     assert settings.node_name == settings.node_name.lower() != ""
 
 
-def test_every_flag_has_an_environment_twin_and_the_flag_wins() -> None:
+def test_every_flag_has_an_environment_twin_and_the_flag_wins(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
     environ = {
         "UPKEEP_WEB_LISTEN_ADDRESS": "127.0.0.1:1234",
         "UPKEEP_WEB_CONFIG_FILE": "web.yml",
@@ -44,8 +45,8 @@ def test_every_flag_has_an_environment_twin_and_the_flag_wins() -> None:
         "UPKEEP_NODE_NAME": "n1",
         "UPKEEP_CLUSTER": "c1",
         "UPKEEP_KUBECONFIG": "/k",
-        "UPKEEP_PATH_ROOTFS": "/host",
-        "UPKEEP_PATH_PROCFS": "/host/proc",
+        "UPKEEP_PATH_ROOTFS": str(tmp_path),
+        "UPKEEP_PATH_PROCFS": f"{tmp_path}/proc",
         "UPKEEP_PATH_CGROUPFS": "/host/cgroup",
         "UPKEEP_PATH_LOCKS": "/host/run",
         "UPKEEP_LOG_LEVEL": "debug",
@@ -61,8 +62,8 @@ def test_every_flag_has_an_environment_twin_and_the_flag_wins() -> None:
         node_name="n2",
         cluster="c2",
         kubeconfig=Path("/k"),
-        rootfs=Path("/host"),
-        procfs=Path("/host/proc"),
+        rootfs=tmp_path,
+        procfs=tmp_path / "proc",
         cgroupfs=Path("/host/cgroup"),
         lock_directory=Path("/host/run"),
         log_level="debug",
@@ -127,6 +128,12 @@ def test_variables_of_others_are_let_be() -> None:
         (["serve", "--journal=kubernetes"], {}, "cluster mode is not built yet"),
         (["list"], {"UPKEEP_JOURNAL": "kubernetes"}, "cluster mode is not built yet"),
         (["list", "--limit=0"], {}, "'0' is not a number above 0"),
+        (["serve", "--node-name="], {}, "'' is no node's name: they are lower case"),
+        (["serve", "--path.rootfs="], {}, "--path.rootfs: it is empty; name a path"),
+        (["serve", "--path.rootfs=/none"], {}, "--path.rootfs=/none is not a directory; name the"),
+        (["run", "a"], {"UPKEEP_PATH_PROCFS": "/none"}, "--path.procfs=/none is not a directory"),
+        (["list", "--journal="], {}, "--journal: it is empty; name a path"),
+        (["serve", "--config.file="], {}, "--config.file: it is empty; name a path"),
         (["controller"], {}, "invalid choice: 'controller'"),
         ([], {}, "COMMAND"),
     ],

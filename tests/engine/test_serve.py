@@ -1,8 +1,10 @@
 """The daemon as a whole, as a process: from the webhook to the record."""
 
+import asyncio
 import json
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from tests.engine.support import Daemon, alert, killed_while_acting, message, running
@@ -107,3 +109,34 @@ async def test_a_fix_that_hangs_is_cancelled_at_its_deadline(tmp_path: Path) -> 
         await daemon.post(message(alert("web-1")))
         (found,) = await daemon.settled()
         assert (found["phase"], found["reason"]) == ("Failed", "DeadlineExceeded")
+
+
+async def test_e56_what_waits_is_shown_whatever_came_after_it(tmp_path: Path) -> None:
+    """A hundred refusals of others must not hide the one that waits for a person."""
+    async with running(tmp_path, policy={"mode": "approval"}) as daemon:
+        daemon.break_("web-1")
+        await daemon.post(message(alert("web-1")))
+        while not (waits := await daemon.remediations("?phase=Pending")) or (
+            waits[0]["reason"] != "NeedsApproval"
+        ):
+            await asyncio.sleep(0.05)
+        await daemon.post(message(*(alert(f"healthy-{number}") for number in range(105))))
+        while len(await daemon.remediations("?phase=Pending")) > 1:
+            await asyncio.sleep(0.05)
+        status, page = await daemon.get("/")
+        active = page.partition("<h2>Active (1)</h2>")[2].partition("<h2>History</h2>")[0]
+        assert status == 200
+        assert waits[0]["id"] in active
+        assert "NeedsApproval" in active
+
+
+async def test_what_is_true_only_now_is_kept_by_nobody(tmp_path: Path) -> None:
+    async with running(tmp_path) as daemon, aiohttp.ClientSession() as session:
+        await daemon.post(message(alert("web-1")))  # from here on there is a journal to show
+        for path in ("/", "/api/v1/remediations"):
+            async with session.get(daemon.url + path) as answer:
+                assert answer.headers["Cache-Control"] == "no-store"
+        async with session.get(daemon.url) as answer:
+            policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy

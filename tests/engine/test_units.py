@@ -42,6 +42,32 @@ def test_what_the_units_start_is_a_command_line_that_parses() -> None:
     assert sorted(commands.values()) == ["run", "serve"]
 
 
+def _settings(name: str) -> dict[str, str]:
+    """One unit's settings; of one that stands there twice, the last."""
+    lines = (_UNITS / name).read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line and line[0] != "#")
+
+
+@pytest.mark.parametrize("name", ["upkeep-remediator", "upkeep-rotate-certificates"])
+def test_e50_a_stop_never_ends_a_kubeadm_half_way(name: str) -> None:
+    """`mixed` sends SIGKILL to the children as soon as the remediator has ended, whatever is left
+    of TimeoutStopSec, and the kernel's end of a child would stop all of the unit."""
+    settings = _settings(f"{name}.service")
+    assert (settings["KillMode"], settings["OOMPolicy"]) == ("process", "continue")
+
+
+def test_e51_a_node_that_was_off_looks_soon_after_boot() -> None:
+    """A missed OnCalendar waits for the random delay as well: up to six hours without an API."""
+    settings = _settings("upkeep-rotate-certificates-boot.timer")
+    assert settings["Unit"] == "upkeep-rotate-certificates.service"
+    assert settings["OnBootSec"] == "10min"
+    assert "RandomizedDelaySec" not in settings
+    enabled = re.search(r"systemctl enable --now (.*\.timer)\n", (_UNITS / "README.md").read_text())
+    timers = {path.name for path in _units() if path.suffix == ".timer"}
+    assert enabled is not None
+    assert set(enabled[1].split()) == timers
+
+
 def test_the_pages_that_the_units_name_are_installed() -> None:
     steps = (_UNITS / "README.md").read_text()
     made = re.findall(r"^ +install .* -t (\S+) docs/\*\.md ", steps, re.MULTILINE)

@@ -42,11 +42,15 @@ async def test_e8_alerts_of_others_are_counted_and_not_journaled(tmp_path: Path)
         answer = json.loads(text)
         del answer["id"]
         assert answer == {"other_node": 1, "other_cluster": 1, "not_for_us": 1}
+        while (await daemon.get("/-/ready"))[0] != 200:  # its journal is made at its first look
+            await asyncio.sleep(0.05)
         assert await daemon.remediations() == []
         assert await daemon.metric("upkeep_webhook_alerts_total", outcome="other_node") == 1
         await daemon.post(message(alert("web-1", cluster="prod")))
         (found,) = await daemon.settled()
         assert found["phase"] == "Succeeded"
+        _, text = await daemon.post(message(alert("web-2")))
+        assert json.loads(text)["accepted"] == 1  # which may be ours: the look at it decides
 
 
 async def test_a_bad_alert_does_not_lose_the_good_ones(daemon: Daemon) -> None:
@@ -81,6 +85,16 @@ async def test_e9_unknown_fields_and_truncation(daemon: Daemon) -> None:
     assert "max_alerts: 0" in daemon.log()
 
 
+async def test_e9_a_count_without_end_is_counted_as_many(daemon: Daemon) -> None:
+    """It was an error after the commit, so that Alertmanager would send the message for ever."""
+    body = message(alert("web-1")).replace(
+        b'"truncatedAlerts": 0', b'"truncatedAlerts": ' + b"9" * 400
+    )
+    status, text = await daemon.post(body)
+    assert (status, json.loads(text)["accepted"]) == (200, 1)
+    assert await daemon.metric("upkeep_webhook_alerts_total", outcome="truncated") == 1e9
+
+
 async def test_e9_what_will_never_be_right_is_4xx(daemon: Daemon) -> None:
     good = message(alert("web-1"))
     for body, headers, expected in (
@@ -110,6 +124,16 @@ async def test_e9_a_huge_group_is_taken_whole(daemon: Daemon) -> None:
     status, text = await daemon.post(body)
     assert (status, json.loads(text)["accepted"]) == (200, 20_000)
     assert len(await daemon.settled(50)) == 50
+
+
+async def test_e9_more_values_than_a_message_has_are_not_made_objects_of(daemon: Daemon) -> None:
+    """30 MB of them would take 1.3 GB, and the event loop for 16 s."""
+    body = b'{"version":"4","alerts":[' + b"1," * 15_000_000 + b"1]}"
+    begun = time.monotonic()
+    status, text = await daemon.post(body)
+    assert (status, "more than 3000000 values" in text) == (400, True)
+    assert time.monotonic() - begun < 10
+    assert (await daemon.post(message(alert("web-1"))))[0] == 200
 
 
 async def test_e9_100_megabytes_are_refused_and_not_kept(daemon: Daemon) -> None:

@@ -3,7 +3,7 @@
 import zlib
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder, generate_latest
@@ -39,6 +39,7 @@ def _plain(family: Metric) -> Metric:
     return plain
 
 
+@settings(deadline=None)
 @given(NAMES, TEXT, SERIES, st.lists(st.floats(), min_size=5, max_size=5))
 @example("d", "", [({}, float("nan")), ({"a": "\n"}, float("-inf"))], [1.0, 1e6])
 @example(

@@ -75,6 +75,10 @@ def test_an_empty_selector_means_every_deployment(how: list[str]) -> None:
         ([], {"UPKEEP_COLLECTOR_ZOMBIES": "maybe"}, "neither true nor false"),
         (["--web.listen-address=9790"], {}, "'9790' is not host:port or :port"),
         (["--path.procfs=/nonexistent"], {}, "--path.procfs=/nonexistent is not a directory"),
+        (["--path.rootfs="], {}, "--path.rootfs: it is empty; name a path, or leave the flag out"),
+        (["--kubeconfig", ""], {}, "--kubeconfig: it is empty; name a path"),
+        (["--node-name=Node-1"], {}, "'Node-1' is no node's name: they are lower case"),
+        (["--zombies.min-age=999999d"], {}, "is longer than a hundred years"),
         (["--log.level=loud"], {}, "invalid choice: 'loud'"),
         ([], {"UPKEEP_LOG_FORMAT": "xml"}, "UPKEEP_LOG_FORMAT='xml' is not one of logfmt, json"),
         (

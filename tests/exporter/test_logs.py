@@ -40,3 +40,26 @@ def test_e16_hostile_names_are_inert_in_logs(form: str) -> None:
     else:
         assert " level=info " in lines[0]
         assert "event=seen" in lines[0]
+
+
+_FAILS = r"""
+import sys
+from exporter import logs
+logs.configure(level="info", format=sys.argv[1])
+try:
+    raise ValueError("a process named \x1b[31m\u202e\u2028\rlevel=error event=forged")
+except ValueError:
+    logs.get_logger("t").exception("failed")
+"""
+
+
+@pytest.mark.parametrize("form", ["logfmt", "json"])
+def test_e16_what_an_exception_quotes_is_inert_too(form: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FAILS, form], capture_output=True, check=True, text=True
+    )
+    (line,) = done.stderr.splitlines()
+    assert line.isprintable()
+    assert r"Traceback (most recent call last):\n" in line
+    if form == "json":
+        assert all(part.isprintable() for part in json.loads(line)["exception"].split("\n"))

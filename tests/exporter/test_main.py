@@ -90,3 +90,56 @@ def test_a_hangup_does_not_end_it(tmp_path: Path) -> None:
         wait_until(lambda: "nothing to reload" in (tmp_path / "log").read_text())
         assert "is healthy" in page(f"{url}/-/healthy")
         assert process.poll() is None
+
+
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_findings_that_nobody_reads_are_no_error(tmp_path: Path, output: str) -> None:
+    (tmp_path / "a.crt").write_text("no certificate")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "exporter", "--check=certificates", "-o", output]
+    command.append(f"--certificates.path={tmp_path}/*.crt")
+    with os.fdopen(write, "w") as pipe:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+HANGING = """
+import sys, time
+from exporter import __main__ as program
+
+class Hangs:
+    def __init__(self, _settings):
+        pass
+    async def start(self):
+        pass
+    def collect(self):
+        time.sleep(300)
+    async def aclose(self):
+        pass
+
+program.COLLECTORS = dict.fromkeys(program.COLLECTORS, Hangs)
+sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+def test_a_collector_that_hangs_holds_up_no_stop(tmp_path: Path) -> None:
+    """As in a read of a file system that is gone: a restart waited for systemd's SIGKILL."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-c", HANGING, f"--web.listen-address=127.0.0.1:{port}"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: "is healthy" in page(f"{url}/-/healthy"))
+        ask = urllib.request.Request(f"{url}/metrics")  # noqa: S310 - our own URL
+        ask.add_header("X-Prometheus-Scrape-Timeout-Seconds", "1")
+        with urllib.request.urlopen(ask, timeout=20) as answer:  # noqa: S310
+            assert b"upkeep_build_info" in answer.read()
+        process.terminate()
+        assert process.wait(20) == 0
+        assert "ends while a collector hangs" in (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        process.wait()

@@ -144,6 +144,20 @@ async def test_a_hanging_collector_fails_alone_and_is_not_run_twice() -> None:
         assert seen[_success("slow")] == 1
 
 
+async def test_two_that_scrape_at_once_are_both_answered_in_their_time() -> None:
+    """With a collector that hangs, the second of a pair must not wait for the first one's end."""
+    release = threading.Event()
+    hanging = Told(lambda: _family("late" if release.wait(30) else "never"))
+    async with _served(slow=hanging, good=Told(lambda: _family("a"))) as url:
+        began = asyncio.get_running_loop().time()
+        asked = (_scrape(url, **{"X-Prometheus-Scrape-Timeout-Seconds": "2"}) for _ in range(4))
+        for seen in await asyncio.gather(*asked):
+            assert (seen[_success("slow")], seen[_success("good")]) == (0, 1)
+            assert seen["upkeep_test[('x', 'a')]"] == 1
+        assert asyncio.get_running_loop().time() - began < 4  # 6 if they waited for each other
+        release.set()
+
+
 @pytest.mark.parametrize("timeout", ["nan", "-1", "1e999", "soon", ""])
 async def test_a_nonsense_scrape_timeout_is_ignored(timeout: str) -> None:
     async with _served(good=Told(lambda: _family("a"))) as url:

@@ -2,10 +2,10 @@
 
 import pytest
 
+from exporter.yaml_source import ConfigError, Source
 from remediator.config import parse
 from remediator.fixes import settings_types
 from remediator.fixes.rollouts import Settings
-from remediator.yaml_source import ConfigError, Source
 
 
 def read(line: str) -> Settings:

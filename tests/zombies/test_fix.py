@@ -2,10 +2,10 @@
 
 import pytest
 
+from exporter.yaml_source import Source
 from remediator.config import ConfigError, parse
 from remediator.fixes import settings_types
 from remediator.model import Phase
-from remediator.yaml_source import Source
 from tests.zombies.conftest import GUIDE, MakeFix, run, target
 from tests.zombies.node import PROCFS, Node
 

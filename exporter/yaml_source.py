@@ -4,15 +4,19 @@ import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar
 
 import msgspec
 import yaml
 
 T = TypeVar("T")
+Hook = Callable[[type, Any], Any] | None
 
-_MAX_BYTES = 1 << 20
+_MAX_CHARACTERS = 1 << 18  # takes PyYAML a second
+_MAX_VALUES = 50_000  # aliases make much of little
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>(?:key in )?\$[^`]*)`)?$", re.DOTALL)
+_UNQUOTED = re.compile(r"Expected `str`, got `(int|float)`$")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 
 
@@ -27,8 +31,9 @@ class Source:
         self.name = name
         self._lines: dict[str, int] = {}
         self._keys: dict[str, int] = {}
-        if len(text) > _MAX_BYTES:
-            raise ConfigError(f"{name} is larger than 1 MiB; that is no configuration")
+        self._count = 0
+        if len(text) > _MAX_CHARACTERS:
+            raise ConfigError(f"{name} is larger than 256 KiB; that is no configuration")
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             self._seen: set[int] = set()
@@ -40,17 +45,16 @@ class Source:
                 f"{name}:{line}: not YAML: {error.problem or error.context}"
             ) from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{name}: not YAML: {error}") from None
+            why = str(error).partition("\n")[0]
+            raise ConfigError(f"{name}: not YAML: {why}") from None
 
     def _plain(self, node: yaml.Node, path: str) -> Any:
         self._lines.setdefault(path, node.start_mark.line + 1)
+        self._count += 1
+        if self._count > _MAX_VALUES:
+            raise self.error(path, f"more than {_MAX_VALUES} values; write fewer aliases")
         if isinstance(node, yaml.ScalarNode):
-            loader = yaml.SafeLoader("")
-            try:
-                value = loader.construct_object(node)
-            finally:
-                loader.dispose()
-            return str(value) if isinstance(value, datetime) else value
+            return self._scalar(node, path)
         if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
             raise self.error(path, f"the tag {node.tag!r} has no meaning here; remove it")
         if id(node) in self._seen:
@@ -62,6 +66,19 @@ class Source:
             return self._mapping(node, path)
         finally:
             self._seen.discard(id(node))
+
+    def _scalar(self, node: yaml.ScalarNode, path: str) -> Any:
+        loader = yaml.SafeLoader("")
+        try:
+            str(node.value).encode()  # no half of a character pair, as an escape may write one
+            value = loader.construct_object(node)
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError):
+            # Some of PyYAML's constructors trust that the value fits a tag that was written out.
+            kind = node.tag.rpartition(":")[2]
+            raise self.error(path, f"{node.value[:50]!r} can't be read as {kind}") from None
+        finally:
+            loader.dispose()
+        return str(value) if isinstance(value, datetime) else value
 
     def _mapping(self, node: yaml.Node, path: str) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -89,7 +106,7 @@ class Source:
         where = f"{option}: " if option else ""
         return ConfigError(f"{self.name}:{self.line(path)}: {where}{message}")
 
-    def convert(self, value: Any, type_: type[T], path: str, hook: Callable[..., Any]) -> T:
+    def convert(self, value: Any, type_: type[T], path: str, hook: Hook = None) -> T:
         """`value`, found at `path`, as a strictly checked struct; `ConfigError` with its line."""
         try:
             return msgspec.convert(value, type_, dec_hook=hook)
@@ -98,6 +115,8 @@ class Source:
             what = found["what"] if found else str(error)
             below = (found and found["path"]) or "$"
             full = path + below.removeprefix("key in ").removeprefix("$").split("[...]", 1)[0]
+            if _UNQUOTED.match(what):  # such as 22:00, which is a number to YAML
+                what += "; write it in quotes"
             if unknown := _UNKNOWN.search(what):
                 known = sorted(_fields(type_, below))
                 hint = f"; known here: {', '.join(known)}" if known else ""
@@ -116,6 +135,8 @@ def _fields(type_: Any, below: str) -> list[str]:
             type_ = field.type if field else None
         else:
             type_ = next(iter(getattr(type_, "__args__", ())), None)
+        if isinstance(type_, UnionType):  # a section that may be left out
+            type_ = type_.__args__[0]
         if type_ is None:
             return []
     if not (isinstance(type_, type) and issubclass(type_, msgspec.Struct)):
@@ -126,7 +147,8 @@ def _fields(type_: Any, below: str) -> list[str]:
 def read_source(path: Path) -> Source:
     """Read a YAML file; `ConfigError` where it can't be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_CHARACTERS + 1)
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
     except OSError as error:
