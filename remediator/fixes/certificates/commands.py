@@ -35,26 +35,39 @@ Run = Callable[[Sequence[str], float], Awaitable[Completed]]
 
 async def run(arguments: Sequence[str], timeout: float) -> Completed:  # noqa: ASYNC109
     """Run a program to its end; kill its process group when `timeout` seconds are over."""
+    # Not a pipe: a kubeadm that outlives us would be ended by its next word into it, half-way.
+    output = os.memfd_create("output")
+    try:
+        status = await _run(arguments, timeout, output)
+        begin = max(0, os.fstat(output).st_size - 4 * _KEPT)
+        text = os.pread(output, 4 * _KEPT, begin).decode("utf-8", "replace").strip()
+    finally:
+        os.close(output)
+    return Completed(status=status, output=text[-_KEPT:])
+
+
+async def _run(arguments: Sequence[str], timeout: float, output: int) -> int:  # noqa: ASYNC109
     try:
         process = await asyncio.create_subprocess_exec(
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
+            stdout=output,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
             env=_ENVIRONMENT,
         )
     except OSError as error:
         raise CommandError(f"{arguments[0]} can't be run: {error.strerror}") from None
+    ended = False
     try:
         async with asyncio.timeout(timeout):
-            output, _ = await process.communicate()
+            status = await process.wait()
+            ended = True
     except TimeoutError:
         raise CommandError(f"{arguments[0]} did not end within {timeout:g} s") from None
     finally:
-        if process.returncode is None:  # timed out or cancelled: nothing of it goes on
+        if not ended:  # timed out or cancelled: nothing of it goes on, nor of what it started
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
-    text = output.decode("utf-8", "replace").strip()
-    return Completed(status=process.returncode or 0, output=text[-_KEPT:])
+    return status
