@@ -113,13 +113,20 @@ class Alert(msgspec.Struct, frozen=True, kw_only=True):
     resolved: bool
 
 
-class Claim(msgspec.Struct, frozen=True, kw_only=True):
+class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Which process executes a remediation; a process id alone is reused after its death."""
 
     boot_id: str
     pid: int
     start_time: int
     """Clock ticks since boot, field 22 of /proc/PID/stat."""
+    takeovers: int = 0
+    """How often the remediation was taken over from an owner that had died."""
+
+    def same_process(self, other: "Claim") -> bool:
+        """Whether both name one process, whatever it had taken over."""
+        mine, theirs = (msgspec.structs.replace(c, takeovers=0) for c in (self, other))
+        return mine == theirs
 
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True):

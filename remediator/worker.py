@@ -45,6 +45,7 @@ log = get_logger("remediator.worker")
 
 FRESH = 5.0  # seconds a check is good for
 _ERROR_RETRY = 5.0  # seconds
+MOST_TAKEOVERS = 3  # what was left by a dead process once more may be what kills it
 
 FAILURES = (
     "StillBroken",
@@ -52,6 +53,7 @@ FAILURES = (
     "DeadlineExceeded",
     "Interrupted",
     "OwnerDied",
+    "DiedRepeatedly",
     "CheckFailed",
     "JournalUnavailable",
     "InternalError",
@@ -127,9 +129,9 @@ class Worker:
 
     def _owner_alive(self, remediation: Remediation) -> bool:
         """Whether somebody carries it out: a claim of this process's own needs a task here too."""
-        if remediation.claim == self._claim:
-            return remediation.id in self._acting
         claim = remediation.claim
+        if claim is not None and claim.same_process(self._claim):
+            return remediation.id in self._acting
         return claim is not None and owner_alive(claim, self._clock.boot_id, self._procfs)
 
     async def _admit(self, remediation: Remediation) -> tuple[Remediation, Condition, float] | None:
@@ -248,6 +250,9 @@ class Worker:
                 return
             died = f"Its executor (pid {previous.pid}) died"
             condition = found.condition
+            if previous.takeovers >= MOST_TAKEOVERS:
+                await self._end(found, Phase.FAILED, "DiedRepeatedly", _died_often(found, previous))
+                return
             if found.steps:
                 mode = self._config().fixes[found.fix].mode
                 if self._dry_run or mode in (Mode.OFF, Mode.DRY_RUN):
@@ -275,15 +280,20 @@ class Worker:
         """Apply, or resume where there are earlier steps; verify; record."""
         self._acting.add(remediation.id)
         try:
-            mine = await self._journal.claim(remediation.id, self._claim, condition, previous)
+            claim = self._claim
+            if previous is not None:
+                claim = msgspec.structs.replace(claim, takeovers=previous.takeovers + 1)
+            mine = await self._journal.claim(remediation.id, claim, condition, previous)
             log.info("running", message=condition.message if condition else "")
-            await self._act(mine, condition)
+            await self._act(mine, claim, condition)
         finally:
             self._acting.discard(remediation.id)
 
-    async def _act(self, remediation: Remediation, condition: Condition | None) -> None:
+    async def _act(
+        self, remediation: Remediation, claim: Claim, condition: Condition | None
+    ) -> None:
         fix = self.fixes[remediation.fix]
-        record = recorder(self._journal, remediation.id, self._claim)
+        record = recorder(self._journal, remediation.id, claim)
         steps = Steps(record, self._clock.now, remediation.steps)
         try:
             outcome = await carry_out(fix, remediation.target, condition, steps)
@@ -301,9 +311,6 @@ class Worker:
         delay = 0.5
         while True:
             try:
-                found = await self._journal.get(remediation.id)
-                if found is None or found.claim != self._claim:
-                    raise ConflictError(f"{remediation.id} is no longer this process's to end")
                 await self._end(remediation, outcome.phase, outcome.reason, outcome.message)
             except JournalError as error:
                 log.error("how it ended can't be recorded yet", why=str(error))
@@ -323,7 +330,9 @@ class Worker:
                 why=why,
                 reason="PreviousFailed",
             )
-        ended = await self._journal.finish(remediation.id, phase, reason, message, pause=pause)
+        ended = await self._journal.finish(
+            remediation.id, phase, reason, message, claim=remediation.claim, pause=pause
+        )
         level = log.warning if phase is Phase.FAILED else log.info
         merged = {} if ended.id == remediation.id else {"counted_in": ended.id}
         level("ended", phase=phase.value, reason=reason, message=message, **merged)
@@ -351,3 +360,11 @@ class Worker:
             pause=pauses.get(remediation.fix),
             acts=[act for act in history if act.id != remediation.id],
         )
+
+
+def _died_often(found: Remediation, previous: Claim) -> str:
+    step = f"in step {found.steps[-1].name!r}" if found.steps else "before the first step"
+    return (
+        f"Its process died {previous.takeovers + 1} times, the last time {step}, so it is not "
+        "taken up once more: look at the target, and at the daemon's log for what ends it."
+    )

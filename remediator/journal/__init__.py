@@ -169,10 +169,13 @@ class Journal(Protocol):
         reason: str,
         message: str,
         *,
+        claim: Claim | None = None,
         pause: Pause | None = None,
     ) -> Remediation:
         """End it. The same refusal of the same target as last time updates that record instead.
 
+        claim: the claim on it as its caller knows it, None where there was none; `ConflictError`
+        where that is another by now.
         pause: what its end pauses, durable with it or not at all; a pause that is there stays.
         """
 

@@ -10,15 +10,20 @@ import sqlite3
 from collections.abc import Sequence
 
 from remediator.journal import ConflictError, rows
-from remediator.model import Phase, Remediation
+from remediator.model import Claim, Phase, Remediation
 
 
-def merge_refusal(
-    connection: sqlite3.Connection, remediation_id: str, reason: str, message: str, now: float
+def merge_refusal(  # noqa: PLR0917 - in the order of `finish`
+    connection: sqlite3.Connection,
+    remediation_id: str,
+    claim: Claim | None,
+    reason: str,
+    message: str,
+    now: float,
 ) -> Remediation | None:
     """Fold a repeated refusal into the record of the last one; None where there is none."""
     mine = one(connection, remediation_id)
-    if mine.phase.terminal or mine.started_at is not None:
+    if mine.phase.terminal or mine.started_at is not None or mine.claim != claim:
         return None
     earlier = connection.execute(
         "SELECT id, phase, reason FROM remediations WHERE fix = ? AND target = ? AND seq < "
@@ -73,7 +78,10 @@ def change(  # noqa: PLR0917 - in the order of the statement it makes
     if done.rowcount != 1:
         found = one(connection, remediation_id)
         approved = f", approved by {found.approved_by}" if found.approved_by else ""
-        raise ConflictError(f"{remediation_id} is {found.phase} ({found.reason}){approved}")
+        claimed = f", claimed by process {found.claim.pid}" if found.claim else ""
+        raise ConflictError(
+            f"{remediation_id} is {found.phase} ({found.reason}){approved}{claimed}"
+        )
 
 
 def resume(connection: sqlite3.Connection, fix: str, by: str, now: float) -> bool:

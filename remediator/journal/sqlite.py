@@ -236,13 +236,17 @@ class SqliteJournal:
         reason: str,
         message: str,
         *,
+        claim: Claim | None = None,
         pause: Pause | None = None,
     ) -> Remediation:
         now, instant = self._now(), rows.encode(self._instant())
+        claim_json = None if claim is None else rows.encode(claim)
 
         def end(connection: sqlite3.Connection) -> Remediation:
             if phase is Phase.SKIPPED:
-                merged = changing.merge_refusal(connection, remediation_id, reason, message, now)
+                merged = changing.merge_refusal(
+                    connection, remediation_id, claim, reason, message, now
+                )
                 if merged is not None:
                     self._known.forget(merged.fix, merged.target)
                     return merged
@@ -251,7 +255,8 @@ class SqliteJournal:
                 "phase = ?, reason = ?, message = ?, ended_at = ?, ended_json = ?, due_at = NULL",
                 (phase.value, reason, message, now, instant),
                 remediation_id,
-                ACTIVE,
+                f"{ACTIVE} AND claim_json IS ?",
+                (claim_json,),
             )
             ended = changing.one(connection, remediation_id)
             self._known.forget(ended.fix, ended.target)

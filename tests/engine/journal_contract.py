@@ -131,6 +131,25 @@ class JournalContract:
         with pytest.raises(ConflictError):
             await journal.record_step("r1-0", MINE, 1, step)  # the dead one, back from a long sleep
 
+    @pytest.mark.parametrize("claim", [MINE, None], ids=["lost", "never had"])
+    @pytest.mark.parametrize("phase", [Phase.SKIPPED, Phase.FAILED])
+    async def test_e34_who_has_not_the_claim_ends_nothing(
+        self, journal: Journal, claim: Claim | None, phase: Phase
+    ) -> None:
+        await journal.accept([request()], "r0")
+        await journal.finish("r0-0", Phase.SKIPPED, "Cooldown", "an earlier refusal")
+        await journal.accept([request()], "r1")
+        await journal.admit("r1-0", ADMIT)
+        await journal.claim("r1-0", MINE, SEEN, None)
+        await journal.claim("r1-0", OTHER, None, MINE)
+        pause = Pause(fix="mend-file", since=STARTED, by="rule", why="r1", reason="PreviousFailed")
+        with pytest.raises(ConflictError, match="claimed by process 200"):
+            await journal.finish("r1-0", phase, "Cooldown", "no", claim=claim, pause=pause)
+        assert await journal.pauses() == []
+        assert [r.phase for r in await journal.find()] == [Phase.RUNNING, Phase.SKIPPED]
+        done = await journal.finish("r1-0", Phase.SUCCEEDED, "Mended", "yes", claim=OTHER)
+        assert done.phase is Phase.SUCCEEDED
+
     async def test_the_same_refusal_is_counted_not_added(
         self, journal: Journal, clock: StubClock
     ) -> None:
@@ -217,7 +236,7 @@ class JournalContract:
             else:
                 await journal.admit(f"r{number}-0", ADMIT)
                 await journal.claim(f"r{number}-0", MINE, SEEN, None)
-                await journal.finish(f"r{number}-0", Phase.SUCCEEDED, "Mended", "yes")
+                await journal.finish(f"r{number}-0", Phase.SUCCEEDED, "Mended", "yes", claim=MINE)
         await journal.accept([request("web-9")], "r9")
         assert await journal.prune(max_age=3600, max_records=3) == 3
         assert [r.id for r in await journal.find()] == ["r9-0", "r4-0", "r2-0", "r0-0"]

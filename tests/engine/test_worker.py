@@ -12,7 +12,6 @@ from remediator.config import FixPolicy, Mode, OptOut, Seconds
 from remediator.journal import JournalError
 from remediator.model import (
     CheckError,
-    Claim,
     Condition,
     FixError,
     Outcome,
@@ -22,26 +21,9 @@ from remediator.model import (
 )
 from remediator.turns import lock_name
 from remediator.windows import Window
-from tests.engine.bench import RULES, Bench, approval, until
+from tests.engine.bench import OTHER, RULES, Bench, Gated, approval, until
 from tests.engine.mend_file import MendFile, Settings
 from tests.engine.support import NODE, request
-
-OTHER = Claim(boot_id="another host", pid=7, start_time=7)
-
-
-class Gated(MendFile):
-    """Has acted, and goes on when the test lets it."""
-
-    def __init__(self, bench: Bench) -> None:
-        super().__init__(bench.fix.settings)
-        self.gate = asyncio.Event()
-
-    async def apply(self, target: Target, condition: Condition, steps: Steps) -> Outcome:
-        async with steps.step("mend", f"remove the file of {target.pod}", pod=target.pod):
-            self.act(target)
-            await self.gate.wait()
-            (self.directory / target.pod).unlink()
-        return Outcome(phase=Phase.SUCCEEDED, reason="Mended", message="the file is gone")
 
 
 @pytest.fixture
