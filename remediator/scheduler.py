@@ -111,7 +111,12 @@ class Scheduler:
             self.wake()
 
     async def _prune(self) -> None:
-        bounds = self._config().journal
-        done = await self._journal.prune(max_age=bounds.max_age, max_records=bounds.max_records)
+        config = self._config()
+        bounds, rules = config.journal, config.fixes.values()
+        done = await self._journal.prune(
+            max_age=bounds.max_age,
+            max_records=bounds.max_records,
+            horizon=max((max(r.cooldown, r.window) for r in rules), default=0.0),
+        )
         if done:
             log.info("dropped old records", count=done)

@@ -60,10 +60,13 @@ class Instant(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since boot."""
 
     def elapsed(self, now: "Instant") -> float:
-        """Seconds from here to `now`: on the boot clock within one boot, else on the wall clock."""
+        """Seconds from here to `now`: on the boot clock within one boot, else on the wall clock.
+
+        What was before this boot is at least as old as the boot, whatever the wall clock said.
+        """
         if self.boot_id == now.boot_id:
             return max(0.0, now.boottime - self.boottime)
-        return max(0.0, now.wall - self.wall)
+        return max(now.boottime, now.wall - self.wall)
 
 
 class Act(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,7 +144,10 @@ class Journal(Protocol):
         """
 
     async def acts(self, fix: str, horizon: float) -> list[Act]:
-        """Newest first: what is Admitted, Running, or acted within `horizon` seconds and more."""
+        """Newest first: what is Admitted, Running, or acted within `horizon` seconds.
+
+        As `Instant.elapsed` counts them: no step of the wall clock hides an act.
+        """
 
     async def wait(
         self, remediation_id: str, decision: Decision, *, due_in: float, expires_in: float
@@ -194,8 +200,11 @@ class Journal(Protocol):
     async def counts(self) -> Counts:
         """What the metrics show."""
 
-    async def prune(self, *, max_age: float, max_records: int) -> int:
-        """Drop ended ones older than `max_age` seconds or in excess; how many were dropped."""
+    async def prune(self, *, max_age: float, max_records: int, horizon: float = 0.0) -> int:
+        """Drop ended ones older than `max_age` seconds or in excess; how many were dropped.
+
+        What acted within `horizon` seconds stays, as `acts` counts them.
+        """
 
     async def aclose(self) -> None:
         """Finish what was handed in and let go of the store."""

@@ -7,7 +7,7 @@ are kept.
 # ruff: noqa: S608 - what is put into SQL text are constants of these modules, never values
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from remediator.journal import ConflictError, rows
 from remediator.model import Claim, Phase, Remediation
@@ -100,20 +100,29 @@ def resume(connection: sqlite3.Connection, fix: str, by: str, now: float) -> boo
     return True
 
 
-def prune(connection: sqlite3.Connection, before: float, max_records: int) -> int:
-    """Drop some of what is older than `before` (seconds since 1970) or in excess; how many."""
+def prune(
+    connection: sqlite3.Connection,
+    before: float,
+    max_records: int,
+    since: Mapping[str, str | float],
+) -> int:
+    """Drop some of what is older than `before` (seconds since 1970) or in excess; how many.
+
+    What acted `since` (see `rows.since`) is what cooldowns and storm limits are counted from.
+    """
+    lately = f"({rows.ACTED} AND (({rows.THIS_BOOT}) OR ({rows.EARLIER_BOOT})))"
     done = connection.execute(
         "DELETE FROM remediations WHERE seq IN (SELECT seq FROM remediations "
-        "WHERE ended_at < ? AND last_seen_at < ? LIMIT 500)",
-        (before, before),
+        f"WHERE ended_at < :before AND last_seen_at < :before AND NOT {lately} LIMIT 500)",
+        {"before": before, **since},
     ).rowcount
     ended = connection.execute(
         "SELECT count(*) FROM remediations WHERE ended_at IS NOT NULL"
     ).fetchone()[0]
-    # Refusals go first: what acted is what cooldowns and storm limits are counted from.
     done += connection.execute(
         "DELETE FROM remediations WHERE seq IN (SELECT seq FROM remediations "
-        "WHERE ended_at IS NOT NULL ORDER BY phase <> 'Skipped', seq LIMIT ?)",
-        (min(500, max(0, ended - max_records)),),
+        f"WHERE ended_at IS NOT NULL AND NOT {lately} "
+        "ORDER BY phase <> 'Skipped', seq LIMIT :excess)",
+        {"excess": min(500, max(0, ended - max_records)), **since},
     ).rowcount
     return done

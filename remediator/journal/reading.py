@@ -4,7 +4,7 @@
 
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -107,15 +107,20 @@ def due(connection: sqlite3.Connection, fix: str, limit: int, now: float) -> lis
     return [rows.remediation(row, rows.steps_of(connection, row["id"])) for row in found]
 
 
-def acts(connection: sqlite3.Connection, fix: str, since: float) -> list[Act]:
-    """Newest first: what is admitted, runs, or acted since (seconds since 1970)."""
+def acts(connection: sqlite3.Connection, fix: str, since: Mapping[str, str | float]) -> list[Act]:
+    """Newest first: what is admitted, runs, or acted since (see `rows.since`)."""
     resumed = connection.execute("SELECT seq FROM resumed WHERE fix = ?", (fix,)).fetchone()
     found = connection.execute(
-        f"SELECT {rows.ACT_COLUMNS} FROM remediations WHERE fix = ? AND "
-        "((phase IN ('Admitted', 'Running') AND admitted_json IS NOT NULL) OR "
-        "(phase IN ('Succeeded', 'Failed') AND ended_at >= ? AND started_at IS NOT NULL)) "
-        "ORDER BY seq DESC LIMIT 10000",
-        (fix, since),
+        " UNION ALL ".join(
+            f"SELECT {rows.ACT_COLUMNS} FROM remediations WHERE fix = :fix AND {which}"
+            for which in (
+                "phase IN ('Admitted', 'Running') AND admitted_json IS NOT NULL",
+                f"{rows.ACTED} AND {rows.THIS_BOOT}",
+                f"{rows.ACTED} AND {rows.EARLIER_BOOT}",
+            )
+        )
+        + " ORDER BY seq DESC LIMIT 10000",
+        {"fix": fix, **since},
     )
     return [rows.act(row, resumed["seq"] if resumed else 0) for row in found]
 

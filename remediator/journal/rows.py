@@ -25,6 +25,11 @@ COLUMNS = (
 LIST_COLUMNS = COLUMNS.replace("condition_json", "NULL AS condition_json")
 ACT_COLUMNS = "id, target_json, phase, reason, workload, admitted_json, ended_json, seq"
 
+# What acted, and which of it did so within a horizon, as `Instant.elapsed` counts: see `since`.
+ACTED = "phase IN ('Succeeded', 'Failed') AND started_at IS NOT NULL"
+THIS_BOOT = "ended_json ->> 'boot_id' = :boot_id AND ended_json ->> 'boottime' >= :boottime"
+EARLIER_BOOT = "ended_json ->> 'boot_id' <> :boot_id AND ended_at >= :wall AND :boottime < 0"
+
 _encoder = msgspec.json.Encoder(order="sorted")
 _target = msgspec.json.Decoder(Target)
 _claim = msgspec.json.Decoder(Claim)
@@ -41,6 +46,15 @@ def encode(value: msgspec.Struct) -> str:
 def encode_condition(condition: Condition) -> str:
     """Without `detail`, which is the fix's own and may not be JSON."""
     return encode(msgspec.structs.replace(condition, detail=None))
+
+
+def since(now: Instant, horizon: float) -> dict[str, str | float]:
+    """The beginning of the last `horizon` seconds on each clock."""
+    return {
+        "boot_id": now.boot_id,
+        "boottime": now.boottime - horizon,
+        "wall": now.wall - horizon,
+    }
 
 
 def moment(seconds: float | None) -> datetime | None:

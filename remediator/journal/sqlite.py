@@ -152,9 +152,7 @@ class SqliteJournal:
         return await self._read(lambda connection: reading.due(connection, fix, limit, now))
 
     async def acts(self, fix: str, horizon: float) -> list[Act]:
-        # Twice the horizon on the wall clock: which of them count is decided on the boot clock.
-        since = self._now() - 2 * horizon - 7200
-
+        since = rows.since(self._instant(), horizon)
         return await self._read(lambda connection: reading.acts(connection, fix, since))
 
     async def wait(
@@ -302,11 +300,11 @@ class SqliteJournal:
     async def counts(self) -> Counts:
         return await self._read(reading.counts)
 
-    async def prune(self, *, max_age: float, max_records: int) -> int:
-        before = self._now() - max_age
+    async def prune(self, *, max_age: float, max_records: int, horizon: float = 0.0) -> int:
+        before, since = self._now() - max_age, rows.since(self._instant(), horizon)
         total = 0
         while done := await self._writer.run(
-            lambda connection: changing.prune(connection, before, max_records)
+            lambda connection: changing.prune(connection, before, max_records, since)
         ):
             total += done
         return total

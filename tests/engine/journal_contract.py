@@ -15,6 +15,13 @@ OTHER = Claim(boot_id="boot-1", pid=200, start_time=6)
 SEEN = Condition(broken=True, reason="FileThere", message="there", workload="deployment/a/b")
 
 
+async def acted(journal: Journal) -> None:
+    await journal.accept([request()], "r1")
+    await journal.admit("r1-0", ADMIT)
+    await journal.claim("r1-0", MINE, SEEN, None)
+    await journal.finish("r1-0", Phase.SUCCEEDED, "Mended", "yes", claim=MINE)
+
+
 class JournalContract:
     """Each test gets an empty journal, and the clock that it reads."""
 
@@ -243,6 +250,31 @@ class JournalContract:
         clock.pass_time(3601)
         assert await journal.prune(max_age=3600, max_records=3) == 3
         assert [r.id for r in await journal.find()] == ["r9-0"]  # active ones stay, however old
+
+    @pytest.mark.parametrize("years", [30, -30])
+    async def test_e36_no_step_of_the_clock_hides_or_drops_what_acted(
+        self, journal: Journal, clock: StubClock, years: int
+    ) -> None:
+        await acted(journal)
+        clock.pass_time(50)
+        clock.step(years * 365 * 86400)
+        assert await journal.prune(max_age=3600, max_records=0, horizon=60) == 0
+        assert [act.id for act in await journal.acts("mend-file", 60)] == ["r1-0"]
+        clock.pass_time(11)
+        assert await journal.acts("mend-file", 60) == []
+        assert await journal.prune(max_age=3600, max_records=0, horizon=60) == 1
+
+    async def test_e36_what_acted_before_a_reboot_counts_by_the_shorter_clock(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        """The wall clock was a year ahead then, and has been put right."""
+        await acted(journal)
+        clock.step(-365 * 86400)
+        clock.boot_id, clock.boot = "boot-2", 20.0
+        assert await journal.prune(max_age=3600, max_records=0, horizon=60) == 0
+        assert [act.id for act in await journal.acts("mend-file", 60)] == ["r1-0"]
+        clock.boot = 61.0
+        assert await journal.acts("mend-file", 60) == []
 
     async def test_counts(self, journal: Journal, clock: StubClock) -> None:
         await journal.accept([request("web-1"), request("web-2")], "r1")

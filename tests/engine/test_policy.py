@@ -152,8 +152,12 @@ def test_e12_a_step_of_the_wall_clock_moves_no_cooldown(step: float) -> None:
 
 def test_e12_after_a_reboot_a_future_act_holds_no_longer_than_its_cooldown() -> None:
     future = act(ago(0, boot_id="boot-0", wall_error=86400))
-    found = decide(acts=[future])
-    assert found.until == STARTED + timedelta(seconds=600)
+    for uptime in (0, 100, 599):
+        booted = Instant(wall=NOW.wall, boot_id="boot-1", boottime=uptime)
+        found = decide(acts=[future], now=booted)
+        assert found.until == STARTED + timedelta(seconds=600 - uptime)
+    later = Instant(wall=NOW.wall, boot_id="boot-1", boottime=600)
+    assert decide(acts=[future], now=later).verdict is Verdict.ADMIT
 
 
 def test_e6_a_storm_opens_the_breaker() -> None:
