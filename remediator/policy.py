@@ -112,11 +112,19 @@ def _opted_out(opt_out: OptOut, target: Target) -> str:
 
 def _cooldown(target: Target, condition: Condition, facts: Facts) -> Decision | None:
     rest = float(facts.policy.cooldown)
+    if not rest:
+        return None
     for act in facts.acts:
         same = act.target == target
         kin = bool(condition.workload) and act.workload == condition.workload
-        if not (same or kin) or not act.phase.terminal:
+        if not (same or kin):
             continue
+        if not act.phase.terminal:  # of another target: two of one are never active
+            return _refuse(
+                "Cooldown",
+                f"The fix is acting on its workload {condition.workload} now ({act.id}, "
+                f"{act.phase}); its cooldown of {_span(rest)} begins when that has ended.",
+            )
         elapsed = act.at.elapsed(facts.now)
         if elapsed < rest:
             until = _wall(facts.now) + timedelta(seconds=rest - elapsed)

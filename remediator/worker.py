@@ -153,7 +153,7 @@ class Worker:
             )
             if decision.verdict is Verdict.ADMIT:
                 if remediation.phase is Phase.PENDING:
-                    await self._journal.admit(remediation.id, decision)
+                    await self._journal.admit(remediation.id, decision, condition.workload)
                     log.info("admitted", reason=decision.reason, message=decision.message)
                     remediation = msgspec.structs.replace(remediation, phase=Phase.ADMITTED)
                 return remediation, condition, at

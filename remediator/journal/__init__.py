@@ -157,8 +157,8 @@ class Journal(Protocol):
         due_in: LONGEST_WAIT or less, and expires_in, in seconds.
         """
 
-    async def admit(self, remediation_id: str, decision: Decision) -> None:
-        """Pending -> Admitted."""
+    async def admit(self, remediation_id: str, decision: Decision, workload: str = "") -> None:
+        """Pending -> Admitted, to act on that workload."""
 
     async def claim(
         self, remediation_id: str, claim: Claim, condition: Condition | None, previous: Claim | None

@@ -172,14 +172,15 @@ class SqliteJournal:
 
         await self._writer.run(work)
 
-    async def admit(self, remediation_id: str, decision: Decision) -> None:
+    async def admit(self, remediation_id: str, decision: Decision, workload: str = "") -> None:
         instant = rows.encode(self._instant())
 
         def work(connection: sqlite3.Connection) -> None:
             changing.change(
                 connection,
-                "phase = 'Admitted', reason = ?, message = ?, admitted_json = ?, due_at = NULL",
-                (decision.reason, decision.message, instant),
+                "phase = 'Admitted', reason = ?, message = ?, workload = ?, admitted_json = ?, "
+                "due_at = NULL",
+                (decision.reason, decision.message, workload, instant),
                 remediation_id,
                 "phase = 'Pending'",
             )

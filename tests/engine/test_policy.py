@@ -125,6 +125,21 @@ def test_cooldown_of_the_target_and_of_its_workload() -> None:
     assert decide(acts=[failed]).reason == "Cooldown"
 
 
+@pytest.mark.parametrize("phase", [Phase.ADMITTED, Phase.RUNNING])
+def test_e37_what_is_under_way_at_the_workload_holds_its_other_pods(phase: Phase) -> None:
+    elsewhere = msgspec.structs.replace(TARGET, pod="web-2")
+    kin = msgspec.structs.replace(BROKEN, workload="deployment/shop/web")
+    same = act(ago(10), elsewhere, workload="deployment/shop/web", phase=phase)
+    found = decide(condition=kin, acts=[same])
+    assert (found.verdict, found.reason) == (Verdict.REFUSE, "Cooldown")
+    assert "begins when that has ended" in found.message
+    assert "old-0" in found.message
+    other = msgspec.structs.replace(same, workload="deployment/shop/api")
+    assert decide(condition=kin, acts=[other]).verdict is Verdict.ADMIT
+    unknown = msgspec.structs.replace(same, workload="")
+    assert decide(acts=[unknown]).verdict is Verdict.ADMIT
+
+
 def test_e17_a_refusal_says_which_rule_and_until_when() -> None:
     found = decide(acts=[act(ago(100))])
     assert found.until == STARTED + timedelta(seconds=500)

@@ -316,6 +316,25 @@ async def test_what_a_dead_owner_left_half_done_is_said_where_nothing_may_act(
     assert bench.acts == []
 
 
+async def test_e37_two_pods_of_one_workload_are_not_mended_at_the_same_time(
+    bench: Bench,
+) -> None:
+    """Their alerts come together; both restarted at once would leave nothing serving."""
+    bench.policy = FixPolicy(cooldown=Seconds(600), max_acts=10, max_concurrent=2)
+    bench.fix = MendFile(msgspec.structs.replace(bench.fix.settings, workload="deployment/a/b"))
+    fix = Gated(bench)
+    doing = bench.worker(fix)
+    one, two = await bench.ask("web-1"), await bench.ask("web-2")
+    tasks = [asyncio.create_task(doing.handle(r)) for r in (one, two)]
+    await until(lambda: any(task.done() for task in tasks))
+    assert len(bench.acts) <= 1
+    fix.gate.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), 30)
+    ends = sorted([await bench.end(one), await bench.end(two)])
+    assert ends == [(Phase.SKIPPED, "Cooldown"), (Phase.SUCCEEDED, "Mended")]
+    assert len(bench.acts) == 1
+
+
 class Counting(MendFile):
     """Counts the looks."""
 
