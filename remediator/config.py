@@ -82,7 +82,7 @@ class JournalOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Bounds of the journal."""
 
     max_bytes: int = 256 << 20
-    """Largest size of the file; when full, webhooks get 503."""
+    """What webhooks may fill of the file; when full, they get 503."""
     max_records: int = 10_000
     """Ended remediations kept, refusals dropped first."""
     max_age: Seconds = Seconds(90 * 86400)

@@ -2,16 +2,17 @@
 
 # ruff: noqa: S608 - what is put into SQL text are constants of these modules, never values
 
+import json
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from remediator.journal import LONGEST_WAIT, Act, Counts, JournalError, Pause, rows
 from remediator.journal.schema import ACTIVE
 from remediator.journal.writer import sentence
-from remediator.model import Phase, Remediation
+from remediator.model import Phase, Remediation, Request
 
 T = TypeVar("T")
 
@@ -123,6 +124,26 @@ def acts(connection: sqlite3.Connection, fix: str, since: Mapping[str, str | flo
         {"fix": fix, **since},
     )
     return [rows.act(row, resumed["seq"] if resumed else 0) for row in found]
+
+
+def beginnings(connection: sqlite3.Connection, requests: Sequence[Request]) -> int:
+    """How many new remediations the requests would make."""
+    targets = {(request.fix, request.target.key) for request in requests if request.firing}
+    found = connection.execute(
+        "SELECT count(*) FROM json_each(?) AS wanted WHERE NOT EXISTS (SELECT 1 FROM remediations "
+        f"WHERE fix = wanted.value ->> 0 AND target = wanted.value ->> 1 AND {ACTIVE})",
+        (json.dumps(sorted(targets)),),
+    ).fetchone()
+    return int(found[0])
+
+
+def size(connection: sqlite3.Connection) -> int:
+    """Bytes in use; pages that were freed are used again."""
+    found = connection.execute(
+        "SELECT (page_count - freelist_count) * page_size "
+        "FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
+    ).fetchone()
+    return int(found[0])
 
 
 def pauses(connection: sqlite3.Connection) -> list[Pause]:

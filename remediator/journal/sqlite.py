@@ -43,6 +43,10 @@ from remediator.model import (
 
 T = TypeVar("T")
 
+SMALLEST = 256 << 10  # bytes: a journal with nothing in it has half of that
+RESERVE = 8 << 20
+"""Bytes beyond `max_bytes` that webhooks may not fill: what runs must not break off for them."""
+
 
 class SqliteJournal:
     """See `remediator.journal.Journal`."""
@@ -60,7 +64,8 @@ class SqliteJournal:
         """`max_bytes`: what webhooks may fill; None for people, whose word is always written."""
         self.path = path
         self._clock = clock
-        self._writer = Writer(path, busy_timeout=busy_timeout, max_bytes=max_bytes)
+        self._max_bytes = max_bytes
+        self._writer = Writer(path, busy_timeout=busy_timeout, max_bytes=_with_reserve(max_bytes))
         self._reader = Reader(path, busy_timeout)
         self._read_only = read_only
         self._max_active = max_active
@@ -71,7 +76,8 @@ class SqliteJournal:
     def bound(self, *, max_bytes: int | None, max_active: int) -> None:
         """Other bounds from the next commit on."""
         self._max_active = max_active
-        self._writer.bound(max_bytes)
+        self._max_bytes = max_bytes
+        self._writer.bound(_with_reserve(max_bytes))
 
     def _now(self) -> float:
         return self._clock.now().timestamp()
@@ -89,23 +95,41 @@ class SqliteJournal:
         self, connection: sqlite3.Connection, messages: Sequence[Message]
     ) -> Sequence[Accepted | JournalError | ConflictError]:
         """Many messages in one go; those for which there's no room are refused whole."""
+        if self._filled(connection, 0):
+            return [self._full()] * len(messages)
         wanted = sum([len(message.requests) for message in messages])
         if self._room < wanted or self._room_of != self._max_active:
             self._room_of = self._max_active
             self._room = self._room_of - accepting.active(connection)
+        left = max(0, self._room)
         taken: list[Message] = []
         for message in messages:
-            if len(message.requests) <= self._room:
-                self._room -= len(message.requests)
+            needed = len(message.requests)
+            if needed > left:  # what joins an active one or has resolved needs no room
+                needed = reading.beginnings(connection, message.requests)
+            if needed <= left:
+                left -= needed
                 taken.append(message)
         accepted = accepting.accept(connection, taken, self._now(), self._known)
-        for message, outcome in zip(taken, accepted, strict=True):
-            self._room += len(message.requests) - outcome.created
+        if self._filled(connection, RESERVE // 2):  # too much at once: none of it is kept
+            raise self._full()
+        self._room -= sum([outcome.created for outcome in accepted])
         if len(taken) == len(messages):
             return accepted
         full = JournalError(f"{self._room_of} remediations wait already, as many as may")
         outcomes = dict(zip([message.id for message in taken], accepted, strict=True))
         return [outcomes.get(message.id, full) for message in messages]
+
+    def _filled(self, connection: sqlite3.Connection, beyond: int) -> bool:
+        """Whether the journal has grown as large as webhooks may make it, and `beyond` bytes."""
+        most = self._max_bytes
+        return most is not None and reading.size(connection) > max(SMALLEST, most) + beyond
+
+    def _full(self) -> JournalError:
+        return JournalError(
+            f"the journal {self.path} is full: it has as many bytes as webhooks may fill; wait for "
+            "old remediations to be dropped, or raise journal.max_bytes"
+        )
 
     async def begin(
         self, fix: str, target: Target, remediation_id: str, by: str, claim: Claim
@@ -321,3 +345,7 @@ class SqliteJournal:
             return await asyncio.to_thread(self._reader.run, read)
         except RuntimeError as error:  # no thread can be had
             raise JournalError(f"the journal {self.path} can't be read: {error}") from None
+
+
+def _with_reserve(max_bytes: int | None) -> int | None:
+    return None if max_bytes is None else max(SMALLEST, max_bytes) + RESERVE

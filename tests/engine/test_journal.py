@@ -15,8 +15,8 @@ from remediator.journal import Accepted, ConflictError, JournalError
 from remediator.journal.accepting import Known
 from remediator.journal.sqlite import SqliteJournal
 from remediator.journal.writer import open_journal
-from remediator.model import Phase, Request
-from tests.engine.journal_contract import JournalContract
+from remediator.model import Phase, Request, Step
+from tests.engine.journal_contract import ADMIT, MINE, SEEN, JournalContract
 from tests.engine.support import STARTED, StubClock, request
 
 
@@ -83,6 +83,56 @@ async def test_too_many_waiting_are_refused_until_some_have_ended(
         await journal.accept([request("web-9")], "r2")
     await journal.finish("r1-0", Phase.FAILED, "x", "x")
     assert (await journal.accept([request("web-9")], "r3")).created == 1
+    await journal.aclose()
+
+
+async def test_e38_where_as_many_wait_as_may_what_needs_no_room_is_taken(
+    tmp_path: Path, clock: StubClock
+) -> None:
+    """Alertmanager repeats what waits, and what has resolved is what makes room."""
+    journal = SqliteJournal(tmp_path / "j.db", clock, max_active=3)
+    three = [request(f"web-{n}") for n in range(3)]
+    await journal.accept(three, "r1")
+    another = [request("web-1", fingerprint="another"), request("web-1", fingerprint="third")]
+    journal.bound(max_bytes=None, max_active=2)  # by a reload
+    assert (await journal.accept(three, "r2")).coalesced == 3
+    assert (await journal.accept(another, "r3")).coalesced == 2
+    with pytest.raises(JournalError, match="as many as may"):
+        await journal.accept([*three, request("web-9")], "r4")
+    gone = await journal.accept([request(f"web-{n}", firing=False) for n in (0, 2)], "r5")
+    assert len(gone.cancelled) == 2
+    answers = await asyncio.gather(
+        *(journal.accept([request(f"new-{n}")], f"s{n}") for n in range(5)), return_exceptions=True
+    )
+    assert sum(isinstance(a, Accepted) for a in answers) == 1
+    await journal.aclose()
+
+
+async def test_e39_webhooks_that_fill_the_journal_leave_room_for_what_runs(
+    tmp_path: Path, clock: StubClock
+) -> None:
+    journal = SqliteJournal(tmp_path / "j.db", clock, max_bytes=1)
+    await journal.accept([request("runs"), request("waits")], "r1")
+    await journal.admit("r1-0", ADMIT)
+    await journal.claim("r1-0", MINE, SEEN, None)
+    large = [request(f"web-{n}") for n in range(15_000)]
+    with pytest.raises(JournalError, match=r"raise journal\.max_bytes"):
+        await journal.accept(large, "large")
+    with pytest.raises(JournalError, match=r"raise journal\.max_bytes"):
+        for number in range(1000):
+            await journal.accept(large[number * 15 : number * 15 + 15], f"m{number}")
+    for index in range(50):
+        step = Step(name="mend", message="x" * 10_000, started_at=STARTED)
+        await journal.record_step("r1-0", MINE, index, step)
+    await journal.finish("r1-0", Phase.SUCCEEDED, "Mended", "yes", claim=MINE)
+    with pytest.raises(JournalError, match=r"raise journal\.max_bytes"):
+        await journal.accept([request("runs")], "r2")
+    for found in await journal.find(limit=10_000):
+        if not found.phase.terminal:
+            await journal.finish(found.id, Phase.FAILED, "x", "x")
+    clock.pass_time(1)
+    await journal.prune(max_age=3600, max_records=0)
+    assert (await journal.accept([request("runs")], "r2")).created == 1
     await journal.aclose()
 
 
