@@ -229,9 +229,14 @@ class Worker:
                     return
                 _, condition, _ = again
             else:
+                # Paused, reloaded, or past its window a moment ago. That it counts as one of the
+                # acts that are allowed was decided, and stands.
                 facts = await self._facts(remediation, acts=False)
-                if decision := policy.before_check(remediation, facts):  # paused a moment ago
-                    await self._end(remediation, Phase.SKIPPED, decision.reason, decision.message)
+                decision = policy.before_check(remediation, facts) or policy.after_check(
+                    remediation, condition, facts
+                )
+                if decision.verdict is not Verdict.ADMIT:
+                    await self._deny(remediation, decision, facts)
                     return
             await self._claim_and_act(remediation, condition, None)
 

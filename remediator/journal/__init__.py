@@ -163,7 +163,11 @@ class Journal(Protocol):
     async def claim(
         self, remediation_id: str, claim: Claim, condition: Condition | None, previous: Claim | None
     ) -> Remediation:
-        """Admitted -> Running, or take over from `previous` whose owner is dead; with its steps."""
+        """Admitted -> Running, or take over from `previous` whose owner is dead; with its steps.
+
+        `ConflictError` where the fix was paused before it began, but by the storm breaker or where
+        it was asked for by hand.
+        """
 
     async def record_step(self, remediation_id: str, claim: Claim, index: int, step: Step) -> None:
         """Write one step of a Running remediation; `ConflictError` where another claimed it."""

@@ -12,6 +12,12 @@ from collections.abc import Mapping, Sequence
 from remediator.journal import ConflictError, rows
 from remediator.model import Claim, Phase, Remediation
 
+# What the storm breaker lets pass was admitted as one of the acts that are allowed.
+NOT_PAUSED = (
+    "(origin = 'hand' OR NOT EXISTS (SELECT 1 FROM pauses "
+    "WHERE pauses.fix = remediations.fix AND pauses.reason <> 'StormBreaker'))"
+)
+
 
 def merge_refusal(  # noqa: PLR0917 - in the order of `finish`
     connection: sqlite3.Connection,

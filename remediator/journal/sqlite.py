@@ -218,7 +218,7 @@ class SqliteJournal:
 
         def work(connection: sqlite3.Connection) -> Remediation:
             text = rows.encode_condition(condition) if condition is not None else None
-            where, values = "phase = 'Admitted'", ()
+            where, values = f"phase = 'Admitted' AND {changing.NOT_PAUSED}", ()
             if previous is not None:
                 where = "phase = 'Running' AND claim_json = ?"
                 values = (rows.encode(previous),)  # type: ignore[assignment]

@@ -194,6 +194,21 @@ class JournalContract:
         assert await journal.resume("mend-file", "ada")
         assert not await journal.resume("mend-file", "ada")
 
+    async def test_e40_nothing_begins_once_a_pause_is_durable(self, journal: Journal) -> None:
+        await journal.accept([request()], "r1")
+        await journal.admit("r1-0", ADMIT)
+        await journal.pause("mend-file", "ada", "looking into it")
+        with pytest.raises(ConflictError):
+            await journal.claim("r1-0", MINE, SEEN, None)
+        by_hand = await journal.begin(
+            "mend-file", Target(node=NODE, pod="web-2"), "hand-1", "ada", MINE
+        )
+        await journal.claim(by_hand.id, MINE, SEEN, None)
+        await journal.claim(by_hand.id, OTHER, None, MINE)  # what has begun is finished
+        await journal.resume("mend-file", "ada")
+        await journal.pause("mend-file", "the storm breaker", "too many", "StormBreaker")
+        assert (await journal.claim("r1-0", MINE, SEEN, None)).phase is Phase.RUNNING
+
     async def test_an_end_and_the_pause_it_brings_are_one(self, journal: Journal) -> None:
         pause = Pause(fix="mend-file", since=STARTED, by="rule", why="r1", reason="PreviousFailed")
         await journal.accept([request()], "r1")

@@ -316,6 +316,33 @@ async def test_what_a_dead_owner_left_half_done_is_said_where_nothing_may_act(
     assert bench.acts == []
 
 
+@pytest.mark.parametrize(
+    ("meanwhile", "end"),
+    [
+        (_listed, (Phase.SKIPPED, "OptedOut")),
+        (_mode(Mode.DRY_RUN), (Phase.SKIPPED, "DryRun")),
+        (_mode(Mode.APPROVAL), (Phase.PENDING, "NeedsApproval")),
+        (_window, (Phase.PENDING, "OutsideWindow")),
+    ],
+)
+async def test_e40_what_waited_for_its_turn_is_decided_once_more_however_short_it_was(
+    bench: Bench, meanwhile: Callable[[Bench], None], end: tuple[Phase, str]
+) -> None:
+    fix = Gated(bench)
+    doing = bench.worker(fix)
+    one, two = await bench.ask("web-1"), await bench.ask("web-2")
+    running = asyncio.create_task(doing.handle(one))
+    await until(lambda: bench.acts == ["web-1"])
+    waiting = asyncio.create_task(doing.handle(two))
+    while (await bench.now(two)).phase is not Phase.ADMITTED:
+        await asyncio.sleep(0.01)
+    meanwhile(bench)
+    fix.gate.set()
+    await asyncio.wait_for(asyncio.gather(running, waiting), 30)
+    assert await bench.end(two) == end
+    assert bench.acts == ["web-1"]
+
+
 async def test_e37_two_pods_of_one_workload_are_not_mended_at_the_same_time(
     bench: Bench,
 ) -> None:
