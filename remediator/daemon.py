@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from exporter.kubernetes import AccessError, check_access, has_access
 from exporter.logs import get_logger
@@ -176,8 +176,15 @@ class Daemon:
         gc.freeze()  # modules never become garbage: looking through them again costs 50 ms a time
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+
+        def stopping() -> None:
+            if stop.is_set():
+                log.warning("told so again: it ends now; the next start resumes what is under way")
+                _end_now()
+            stop.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, stopping)
         reloads: set[asyncio.Task[str]] = set()
         loop.add_signal_handler(
             signal.SIGHUP, lambda: reloads.add(asyncio.create_task(self.reload()))
@@ -210,9 +217,7 @@ class Daemon:
         await self._journal.aclose()
         if left:
             log.warning("ends with remediations under way; the next start resumes them", count=left)
-            logging.shutdown()
-            # Past every handler, like SIGKILL: cancelling them would make them undo in haste.
-            os._exit(0)
+            _end_now()
         return 0
 
     async def _refuse_bad_access(self) -> None:
@@ -230,3 +235,9 @@ class Daemon:
                     return
             await self._journal.aclose()
             raise ConfigError(str(error)) from None
+
+
+def _end_now() -> NoReturn:
+    """Past every handler, like SIGKILL: cancelling what runs would make it undo in haste."""
+    logging.shutdown()
+    os._exit(0)

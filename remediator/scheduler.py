@@ -75,18 +75,23 @@ class Scheduler:
             self._tokens[fix] = min(_BURST, tokens + more)
 
     async def stop(self, grace: float) -> int:
-        """Take up nothing more; wait `grace` seconds for what runs; how many still run then.
+        """Begin nothing more; wait `grace` seconds for what acts; how many are left then.
 
         Those are not cancelled: a half-done rotation that is undone in haste is worse off than one
-        that the next start resumes from its steps.
+        that the next start resumes from its steps. What only looks, or waits for its turn, is.
         """
         self._stopping = True
+        acting = self._worker.stop()
         self.wake()
-        running = [task for tasks in self._tasks.values() for task in tasks.values()]
-        if not running:
+        tasks = [task for tasks in self._tasks.values() for task in tasks.values()]
+        for task in tasks:
+            if task.get_name() not in acting:
+                task.cancel()
+        if not tasks:
             return 0
-        log.info("waits for what is under way", count=len(running), seconds=grace)
-        _, left = await asyncio.wait(running, timeout=grace)
+        if acting:
+            log.info("waits for what is under way", count=len(acting), seconds=grace)
+        _, left = await asyncio.wait(tasks, timeout=grace)
         return len(left)
 
     async def _start_due(self, fix: str) -> None:

@@ -95,6 +95,12 @@ class Worker:
         self._procfs = procfs
         self._deciding = {name: asyncio.Lock() for name in fixes}
         self._acting: set[str] = set()
+        self._stopping = False
+
+    def stop(self) -> frozenset[str]:
+        """Begin nothing more; the ids of what acts."""
+        self._stopping = True
+        return frozenset(self._acting)
 
     async def handle(self, remediation: Remediation) -> None:
         """Carry one active remediation as far as it goes now; never raises but on cancellation."""
@@ -283,6 +289,8 @@ class Worker:
         self, remediation: Remediation, condition: Condition | None, previous: Claim | None
     ) -> None:
         """Apply, or resume where there are earlier steps; verify; record."""
+        if self._stopping:  # its turn came too late: the next start takes it up
+            return
         self._acting.add(remediation.id)
         try:
             claim = self._claim
