@@ -224,6 +224,16 @@ class Remediation(msgspec.Struct, frozen=True, kw_only=True):
     alerts: tuple[Alert, ...] = ()
 
 
+# A block of PEM; a key or token in base64, which is longer than any digest.
+_SECRET = re.compile(r"-----BEGIN .*?(?:-----END [^-]*-----|\Z)|[A-Za-z0-9+/=]{65,}", re.DOTALL)
+
+
+def in_words(error: BaseException) -> str:
+    """An error for the record, without what may be a secret: anything may stand in its text."""
+    text = _SECRET.sub("(left out)", str(error))
+    return f"{type(error).__name__}: {text[:1000]}"
+
+
 class StepHandle:
     """Given to the body of a step, to say how it came out and to keep what an undo needs."""
 
@@ -266,26 +276,32 @@ class Steps:
 
     @asynccontextmanager
     async def step(self, name: str, message: str, **data: Any) -> AsyncIterator[StepHandle]:
-        """Record the step, run the body, record how it ended; an exception passes on."""
+        """Record the step, run the body, record how it ended.
+
+        What the body raises passes on, whether that can be recorded or not: a cancellation or a
+        fix's own words are not to be lost to a full disk.
+        """
         index, self._count = self._count, self._count + 1
         handle = StepHandle()
         handle.data = dict(data)
         begun = Step(name=name, message=message, started_at=self._now(), data=dict(data))
         await self._record(index, begun)
-        ok = False
+
+        def ended(*, ok: bool) -> Step:
+            return msgspec.structs.replace(
+                begun, ended_at=self._now(), ok=ok, result=handle.result, data=handle.data
+            )
+
         try:
             yield handle
-            ok = True
         except BaseException as error:
-            handle.result = handle.result or f"{type(error).__name__}: {error}"
+            handle.result = handle.result or in_words(error)
+            try:
+                await self._record(index, ended(ok=False))
+            except Exception:
+                log.exception("how a step failed can't be recorded", step=name)
             raise
-        finally:
-            await self._record(
-                index,
-                msgspec.structs.replace(
-                    begun, ended_at=self._now(), ok=ok, result=handle.result, data=handle.data
-                ),
-            )
+        await self._record(index, ended(ok=True))
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -199,19 +199,19 @@ class Worker:
             await self._end(remediation, Phase.SKIPPED, decision.reason, decision.message)
             return None
         fix = self.fixes[remediation.fix]
+        bound = asyncio.timeout(CHECK_DEADLINE)
         try:
-            async with asyncio.timeout(CHECK_DEADLINE):
+            async with bound:
                 condition = await fix.check(remediation.target)
         except CheckError as error:
             await self._end(remediation, Phase.SKIPPED, "CheckFailed", str(error))
             return None
-        except TimeoutError:
-            message = f"The check did not end within {CHECK_DEADLINE:.0f} s; nothing was done."
-            await self._end(remediation, Phase.SKIPPED, "CheckFailed", message)
-            return None
         except Exception as error:
-            log.exception("the check failed unexpectedly")
-            message = f"The check failed unexpectedly ({type(error).__name__}); nothing was done."
+            message = f"The check did not end within {CHECK_DEADLINE:.0f} s; nothing was done."
+            if not (isinstance(error, TimeoutError) and bound.expired()):
+                log.exception("the check failed unexpectedly")
+                name = type(error).__name__
+                message = f"The check failed unexpectedly ({name}); nothing was done."
             await self._end(remediation, Phase.SKIPPED, "CheckFailed", message)
             return None
         return condition, self._clock.boottime()

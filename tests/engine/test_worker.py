@@ -425,6 +425,44 @@ async def test_e27_a_process_thought_dead_does_not_end_what_its_successor_runs(
     assert bench.counted == []
 
 
+class Slow(MendFile):
+    """Something that it asks is slow, and says so as Python does."""
+
+    def __init__(self, settings: Settings, where: str) -> None:
+        super().__init__(settings)
+        self.where = where
+
+    async def check(self, target: Target) -> Condition:
+        if self.where == "check":
+            raise TimeoutError
+        return await super().check(target)
+
+    async def apply(self, target: Target, condition: Condition, steps: Steps) -> Outcome:
+        if self.where == "apply":
+            raise TimeoutError
+        return await super().apply(target, condition, steps)
+
+    async def verify(self, target: Target, condition: Condition) -> Condition:
+        raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    ("where", "end", "said"),
+    [
+        ("check", (Phase.SKIPPED, "CheckFailed"), "unexpectedly (TimeoutError)"),
+        ("apply", (Phase.FAILED, "InternalError"), "unexpected error"),
+        ("verify", (Phase.FAILED, "VerifyFailed"), "But: TimeoutError"),
+    ],
+)
+async def test_a_timeout_of_something_else_is_not_called_the_deadline(
+    bench: Bench, where: str, end: tuple[Phase, str], said: str
+) -> None:
+    asked = await bench.ask()
+    await bench.worker(Slow(bench.fix.settings, where)).handle(asked)
+    assert await bench.end(asked) == end
+    assert said in (await bench.now(asked)).message
+
+
 class Unsure(MendFile):
     """Its look afterwards goes wrong."""
 
