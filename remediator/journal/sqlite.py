@@ -6,8 +6,10 @@ The command line opens the same file beside the running daemon: SQLite's own loc
 # ruff: noqa: S608 - what is put into SQL text are constants of these modules, never values
 
 import asyncio
+import contextlib
 import sqlite3
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,6 +69,8 @@ class SqliteJournal:
         self._max_bytes = max_bytes
         self._writer = Writer(path, busy_timeout=busy_timeout, max_bytes=_with_reserve(max_bytes))
         self._reader = Reader(path, busy_timeout)
+        # Apart from the threads of the fixes: neither may take all of them while its disk hangs.
+        self._reading = ThreadPoolExecutor(1, "journal-reads")
         self._read_only = read_only
         self._max_active = max_active
         self._known = accepting.Known()
@@ -336,14 +340,17 @@ class SqliteJournal:
 
     async def aclose(self) -> None:
         await self._writer.aclose()
-        self._reader.close()
+        with contextlib.suppress(RuntimeError):  # no thread can be had, so none reads
+            await asyncio.get_running_loop().run_in_executor(self._reading, self._reader.close)
+        self._reading.shutdown(wait=False)
 
     async def _read(self, read: Work[T]) -> T:
-        if not self._read_only and not self.path.exists():
-            await self._writer.run(lambda _connection: None)  # makes it
         try:
-            return await asyncio.to_thread(self._reader.run, read)
-        except RuntimeError as error:  # no thread can be had
+            if not self._read_only and not self.path.exists():
+                await self._writer.run(lambda _connection: None)  # makes it
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._reading, self._reader.run, read)
+        except (RuntimeError, OSError) as error:  # no thread can be had, or no look at its folder
             raise JournalError(f"the journal {self.path} can't be read: {error}") from None
 
 

@@ -6,6 +6,7 @@ import sqlite3
 import stat
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -165,6 +166,30 @@ async def test_no_thread_to_be_had_is_a_journal_that_cannot_be_used(
         with pytest.raises(JournalError, match="new thread"):
             await journal.find()
     assert len(await journal.find()) == 1
+
+
+async def test_e44_the_threads_of_the_fixes_and_the_journals_are_apart(
+    journal: SqliteJournal,
+) -> None:
+    """A look at a disk that hangs can't be cancelled: it keeps its thread."""
+    await journal.accept([request()], "r1")
+    loop, over = asyncio.get_running_loop(), threading.Event()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    hangs = loop.run_in_executor(None, over.wait, 60)
+    try:
+        assert len(await asyncio.wait_for(journal.find(), 10)) == 1
+    finally:
+        over.set()
+        await hangs
+
+
+async def test_a_folder_that_cannot_be_looked_into_is_a_journal_that_cannot_be_used(
+    clock: StubClock,
+) -> None:
+    journal = SqliteJournal(Path("/tmp") / ("x" * 300) / "j.db", clock)
+    with pytest.raises(JournalError, match="can't be read"):
+        await journal.find()
+    await journal.aclose()
 
 
 async def test_an_alert_known_when_it_came_is_written_if_its_remediation_ended_meanwhile(

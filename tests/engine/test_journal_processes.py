@@ -32,3 +32,13 @@ async def test_e29_a_command_that_ends_takes_no_journal_away_from_the_daemon(
         pods = {found["target"]["pod"] for found in json.loads(listed.stdout)}
         assert pods == {"web-1", "web-2", "after-0", "after-1", "after-2"}
         assert await daemon.metric("upkeep_remediation_paused", fix="mend-file") == 1
+
+
+def test_a_journal_that_may_not_be_looked_at_is_said(tmp_path: Path) -> None:
+    """As by somebody who isn't root; here by a name that no folder can have."""
+    daemon = Daemon(tmp_path)
+    daemon.journal = tmp_path / ("x" * 300) / "remediator.db"
+    listed = daemon.cli("list")
+    assert listed.returncode == 1
+    assert "can't be read" in listed.stderr
+    assert "Traceback" not in listed.stderr
