@@ -106,6 +106,7 @@ class Daemon:
             dry_run=flags.dry_run,
         )
         self._scheduler = Scheduler(self._journal, self._worker, lambda: self._config)
+        self._reloading = asyncio.Lock()
         self._reader = self._make_reader()
         self._api = Api(
             journal=self._journal,
@@ -144,29 +145,39 @@ class Daemon:
 
     async def reload(self) -> str:
         """Take over the configuration file, whole or not at all; what is wrong with it, or ''."""
-        try:
-            loaded, settings = load_config(self._flags, self._entries)
-            # A fix whose settings are the same stays: it may hold threads, or a memory of its own.
-            changed = {
-                name: entry
-                for name, entry in self._entries.items()
-                if settings[name] != self._settings[name]
-            }
-            fixes = {**self._fixes, **make_fixes(self._flags, settings, changed)}
-            await self.listener.reload(self._demands(loaded))
-        except (ConfigError, WebConfigError) as error:
+        async with self._reloading:  # two at once could leave what neither of them read
+            try:
+                await self._reload()
+            except (ConfigError, WebConfigError) as error:
+                problem = str(error)
+            except Exception:
+                log.exception("the reload failed unexpectedly")
+                problem = "an unexpected error; the log has the traceback"
+            else:
+                self._metrics.reload_successful.set(1)
+                log.info("configuration reloaded")
+                await self._worker.reconfigured()
+                self._scheduler.wake()
+                return ""
             self._metrics.reload_successful.set(0)
-            log.error("the old configuration stays in force", why=str(error))
-            return str(error)
+            log.error("the old configuration stays in force", why=problem)
+            return problem
+
+    async def _reload(self) -> None:
+        loaded, settings = load_config(self._flags, self._entries)
+        # A fix whose settings are the same stays: it may hold threads, or a memory of its own.
+        changed = {
+            name: entry
+            for name, entry in self._entries.items()
+            if settings[name] != self._settings[name]
+        }
+        fixes = {**self._fixes, **make_fixes(self._flags, settings, changed)}
+        await self.listener.reload(self._demands(loaded))
         self._config, self._settings = loaded, settings
         self._worker.fixes = self._fixes = fixes
         bounds = loaded.journal
         self._journal.bound(max_bytes=bounds.max_bytes, max_active=bounds.max_active)
         self._reader = self._make_reader()
-        self._metrics.reload_successful.set(1)
-        log.info("configuration reloaded")
-        self._scheduler.wake()
-        return ""
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; the exit status."""
@@ -186,9 +197,13 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping)
         reloads: set[asyncio.Task[str]] = set()
-        loop.add_signal_handler(
-            signal.SIGHUP, lambda: reloads.add(asyncio.create_task(self.reload()))
-        )
+
+        def reload() -> None:
+            task = asyncio.create_task(self.reload())
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
         host, port = self._flags.listen
         await self._refuse_bad_access()
         try:

@@ -49,7 +49,7 @@ class Scheduler:
             self._fill(loop.time())
             try:
                 for fix in self._tasks:
-                    await self._start_due(fix)
+                    await self._start_due_of(fix)
                 if loop.time() >= prune_at:
                     prune_at = loop.time() + _PRUNE_EVERY
                     await self._prune()
@@ -93,6 +93,15 @@ class Scheduler:
             log.info("waits for what is under way", count=len(acting), seconds=grace)
         _, left = await asyncio.wait(tasks, timeout=grace)
         return len(left)
+
+    async def _start_due_of(self, fix: str) -> None:
+        """What goes wrong with one fix keeps none of the others waiting."""
+        try:
+            await self._start_due(fix)
+        except JournalError:
+            raise
+        except Exception:
+            log.exception("unexpected error", fix=fix)
 
     async def _start_due(self, fix: str) -> None:
         tasks = self._tasks[fix]

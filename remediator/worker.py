@@ -102,6 +102,10 @@ class Worker:
         self._stopping = True
         return frozenset(self._acting)
 
+    async def reconfigured(self) -> None:
+        """The configuration is another: there may be more slots."""
+        await self._turns.look_again()
+
     async def handle(self, remediation: Remediation) -> None:
         """Carry one active remediation as far as it goes now; never raises but on cancellation."""
         names = {"remediation": remediation.id, "fix": remediation.fix}
