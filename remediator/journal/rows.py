@@ -45,7 +45,22 @@ def encode(value: msgspec.Struct) -> str:
 
 def encode_condition(condition: Condition) -> str:
     """Without `detail`, which is the fix's own and may not be JSON."""
-    return encode(msgspec.structs.replace(condition, detail=None))
+    message = text(condition.message)
+    return encode(msgspec.structs.replace(condition, message=message, detail=None))
+
+
+def encode_step(step: Step) -> str:
+    words = {"message": text(step.message), "result": text(step.result)}
+    return encode(msgspec.structs.replace(step, **words))
+
+
+def text(words: str) -> str:
+    """What people read. A file's name in some other encoding must not keep it from being written.
+
+    Identities and what an undo needs are not passed through here: those that can't be written
+    as they are forbid the act.
+    """
+    return words.encode("utf-8", "backslashreplace").decode()
 
 
 def since(now: Instant, horizon: float) -> dict[str, str | float]:

@@ -193,7 +193,7 @@ class SqliteJournal:
                 connection,
                 "phase = 'Pending', reason = ?, message = ?, due_at = ?, admitted_json = NULL, "
                 "expires_at = coalesce(expires_at, ?)",
-                (decision.reason, decision.message, now + due_in, now + expires_in),
+                (decision.reason, rows.text(decision.message), now + due_in, now + expires_in),
                 remediation_id,
                 "phase IN ('Pending', 'Admitted')",
             )
@@ -208,7 +208,7 @@ class SqliteJournal:
                 connection,
                 "phase = 'Admitted', reason = ?, message = ?, workload = ?, admitted_json = ?, "
                 "due_at = NULL",
-                (decision.reason, decision.message, workload, instant),
+                (decision.reason, rows.text(decision.message), workload, instant),
                 remediation_id,
                 "phase = 'Pending'",
             )
@@ -241,7 +241,7 @@ class SqliteJournal:
         return await self._writer.run(work)
 
     async def record_step(self, remediation_id: str, claim: Claim, index: int, step: Step) -> None:
-        step_json, claim_json = rows.encode(step), rows.encode(claim)
+        step_json, claim_json = rows.encode_step(step), rows.encode(claim)
 
         def work(connection: sqlite3.Connection) -> None:
             done = connection.execute(
@@ -268,6 +268,7 @@ class SqliteJournal:
     ) -> Remediation:
         now, instant = self._now(), rows.encode(self._instant())
         claim_json = None if claim is None else rows.encode(claim)
+        message = rows.text(message)
 
         def end(connection: sqlite3.Connection) -> Remediation:
             if phase is Phase.SKIPPED:
@@ -315,7 +316,7 @@ class SqliteJournal:
         now = self._now()
 
         def work(connection: sqlite3.Connection) -> bool:
-            return changing.pause(connection, fix, now, by, why, reason)
+            return changing.pause(connection, fix, now, by, rows.text(why), reason)
 
         return await self._writer.run(work)
 

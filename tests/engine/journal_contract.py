@@ -1,7 +1,9 @@
 """What every journal must do. A store's test module inherits this class and gives the fixture."""
 
+import asyncio
 from datetime import timedelta
 
+import msgspec
 import pytest
 
 from remediator.journal import ConflictError, Journal, Pause
@@ -156,6 +158,26 @@ class JournalContract:
         assert [r.phase for r in await journal.find()] == [Phase.RUNNING, Phase.SKIPPED]
         done = await journal.finish("r1-0", Phase.SUCCEEDED, "Mended", "yes", claim=OTHER)
         assert done.phase is Phase.SUCCEEDED
+
+    async def test_a_name_in_some_other_encoding_stands_in_nobodys_way(
+        self, journal: Journal
+    ) -> None:
+        """As Python reads a file's name that isn't UTF-8."""
+        odd = "the file caf\udce9 is there"
+        shown = "the file caf\\udce9 is there"
+        await journal.accept([request()], "r1")
+        await journal.admit("r1-0", msgspec.structs.replace(ADMIT, message=odd))
+        seen = msgspec.structs.replace(SEEN, message=odd)
+        await journal.claim("r1-0", MINE, seen, None)
+        step = Step(name="mend", message=odd, started_at=STARTED, result=odd)
+        await journal.record_step("r1-0", MINE, 0, step)
+        ended, accepted = await asyncio.gather(
+            journal.finish("r1-0", Phase.FAILED, "Refused", odd, claim=MINE),
+            journal.accept([request("web-2")], "r2"),
+        )
+        assert accepted.created == 1
+        assert ended.condition is not None
+        assert [ended.message, ended.condition.message, ended.steps[0].result] == [shown] * 3
 
     async def test_the_same_refusal_is_counted_not_added(
         self, journal: Journal, clock: StubClock
