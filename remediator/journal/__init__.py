@@ -190,7 +190,10 @@ class Journal(Protocol):
         """
 
     async def approve(self, remediation_id: str, by: str) -> Remediation:
-        """Let a Pending one act without waiting for approval any more."""
+        """Let a Pending one act without waiting for approval any more.
+
+        `ConflictError` where it's too late for that.
+        """
 
     async def pause(self, fix: str, by: str, why: str, reason: str = "Paused") -> bool:
         """Stop a fix from acting; False where it is paused already, which stays as it is."""

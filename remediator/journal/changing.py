@@ -40,8 +40,9 @@ def merge_refusal(  # noqa: PLR0917 - in the order of `finish`
         return None
     connection.execute("DELETE FROM remediations WHERE id = ?", (remediation_id,))
     connection.execute(
-        "UPDATE remediations SET count = count + ?, last_seen_at = ?, message = ? WHERE id = ?",
-        (mine.count, now, message, earlier["id"]),
+        "UPDATE remediations SET count = count + ?, last_seen_at = ?, ended_at = ?, message = ? "
+        "WHERE id = ?",
+        (mine.count, now, now, message, earlier["id"]),
     )
     return one(connection, earlier["id"])
 
@@ -84,9 +85,12 @@ def change(  # noqa: PLR0917 - in the order of the statement it makes
     if done.rowcount != 1:
         found = one(connection, remediation_id)
         approved = f", approved by {found.approved_by}" if found.approved_by else ""
+        expires = ""
+        if found.expires_at is not None and not found.phase.terminal:
+            expires = f", expires {found.expires_at:%Y-%m-%d %H:%M:%S} UTC"
         claimed = f", claimed by process {found.claim.pid}" if found.claim else ""
         raise ConflictError(
-            f"{remediation_id} is {found.phase} ({found.reason}){approved}{claimed}"
+            f"{remediation_id} is {found.phase} ({found.reason}){approved}{expires}{claimed}"
         )
 
 

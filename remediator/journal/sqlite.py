@@ -300,13 +300,16 @@ class SqliteJournal:
         return await self._writer.run(work)
 
     async def approve(self, remediation_id: str, by: str) -> Remediation:
+        now = self._now()
+
         def work(connection: sqlite3.Connection) -> Remediation:
             changing.change(
                 connection,
                 "approved_by = ?, due_at = NULL",
                 (by,),
                 remediation_id,
-                "phase = 'Pending' AND approved_by = ''",
+                "phase = 'Pending' AND approved_by = '' AND coalesce(expires_at > ?, true)",
+                (now,),
             )
             return changing.one(connection, remediation_id)
 

@@ -188,7 +188,8 @@ class JournalContract:
             await journal.finish(f"r{number}-0", Phase.SKIPPED, "Cooldown", f"ends at {number}")
         (found,) = await journal.find()
         assert (found.id, found.count, found.message) == ("r0-0", 4, "ends at 3")
-        assert found.last_seen_at == clock.now()
+        assert found.last_seen_at == found.ended_at == clock.now()
+        assert (await journal.counts()).last == {("mend-file", Phase.SKIPPED): clock.now()}
         await journal.accept([request()], "r9")
         await journal.finish("r9-0", Phase.SKIPPED, "Paused", "another rule")
         assert [r.reason for r in await journal.find()] == ["Paused", "Cooldown"]
@@ -207,6 +208,15 @@ class JournalContract:
         await journal.wait("r1-0", WAIT, due_in=60, expires_in=1000)
         clock.pass_time(101)  # the first wait set the expiry, the second didn't move it
         assert len(await journal.due("mend-file", 10)) == 1
+
+    async def test_nobody_approves_what_has_expired(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        await journal.accept([request()], "r1")
+        await journal.wait("r1-0", WAIT, due_in=60, expires_in=100)
+        clock.pass_time(100)
+        with pytest.raises(ConflictError, match="expires 2026-01-02 03:05:45 UTC"):
+            await journal.approve("r1-0", "ada")
 
     async def test_pause_and_resume(self, journal: Journal) -> None:
         assert await journal.pause("mend-file", "ada", "looking into it")
