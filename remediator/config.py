@@ -21,6 +21,9 @@ from remediator.yaml_source import ConfigError, Source, read_source
 __all__ = ["Config", "ConfigError", "FixPolicy", "Mode", "OptOut", "Seconds", "load", "parse"]
 
 
+_LONGEST = 3650 * 86400.0
+
+
 class Seconds(float):
     """A span of time: `30`, `30s`, `5m`, `2h` or `14d` in the file."""
 
@@ -90,6 +93,13 @@ class JournalOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_active: int = 20_000
     """Remediations that may wait or run; beyond it webhooks get 503."""
 
+    def __post_init__(self) -> None:
+        """Bounds within which nothing could be done are refused."""
+        if self.max_bytes < 1 << 20:
+            raise ValueError("max_bytes must be 1048576 or more")
+        if self.max_records < 0 or self.max_active < 1:
+            raise ValueError("max_records must be 0 or more, max_active 1 or more")
+
 
 class WebhookOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the HTTP server accepts."""
@@ -153,9 +163,12 @@ def hook(type_: type, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError("a duration such as 30s, 5m, 2h or 14d is wanted")
         try:
-            return Seconds(duration(str(value)))
+            seconds = Seconds(duration(str(value)))
         except (argparse.ArgumentTypeError, ValueError) as error:
             raise ValueError(str(error)) from None
+        if seconds > _LONGEST:  # the calendar ends in the year 9999
+            raise ValueError("longer than ten years")
+        return seconds
     raise NotImplementedError(type_)
 
 
