@@ -138,7 +138,10 @@ class Journal(Protocol):
         """Newest first, without steps, alerts, condition. `target`: a part of the target's key."""
 
     async def due(self, fix: str, limit: int) -> list[Remediation]:
-        """Oldest first: what is Pending and due, Admitted, or Running, with steps.
+        """What is Running, Admitted, or Pending and due, in this order, oldest first, with steps.
+
+        What waits only to be looked at again, for approval or a window, comes after what is new or
+        was approved.
 
         What is due later than LONGEST_WAIT from now is due too: the clock was set back meanwhile.
         """

@@ -102,7 +102,7 @@ def due(connection: sqlite3.Connection, fix: str, limit: int, now: float) -> lis
     found = connection.execute(
         f"SELECT {rows.COLUMNS} FROM remediations WHERE fix = ? AND {ACTIVE} "
         "AND (due_at IS NULL OR due_at <= ? OR due_at > ? OR expires_at <= ?) "
-        "ORDER BY phase = 'Running' DESC, phase = 'Admitted' DESC, seq LIMIT ?",
+        "ORDER BY phase = 'Running' DESC, phase = 'Admitted' DESC, due_at IS NOT NULL, seq LIMIT ?",
         (fix, now, now + LONGEST_WAIT, now, limit),
     ).fetchall()
     return [rows.remediation(row, rows.steps_of(connection, row["id"])) for row in found]

@@ -209,6 +209,18 @@ class JournalContract:
         clock.pass_time(101)  # the first wait set the expiry, the second didn't move it
         assert len(await journal.due("mend-file", 10)) == 1
 
+    async def test_what_only_waits_is_looked_at_after_what_is_new_or_approved(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        for number in range(4):
+            await journal.accept([request(f"web-{number}")], f"r{number}")
+            if number < 3:
+                await journal.wait(f"r{number}-0", WAIT, due_in=60, expires_in=1000)
+        await journal.approve("r2-0", "ada")
+        clock.pass_time(61)
+        due = await journal.due("mend-file", 10)
+        assert [found.id for found in due] == ["r2-0", "r3-0", "r0-0", "r1-0"]
+
     async def test_nobody_approves_what_has_expired(
         self, journal: Journal, clock: StubClock
     ) -> None:

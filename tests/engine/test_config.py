@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from remediator import config
 from remediator.config import ConfigError, Mode, Seconds
 from remediator.fixes import settings_types
+from remediator.matchers import Matcher
 from remediator.yaml_source import Source
 
 FIXES = settings_types()
@@ -46,6 +47,13 @@ def test_options_are_read() -> None:
 def test_off_needs_no_quotes() -> None:
     """YAML reads it as false."""
     assert parse("fixes: {reap-zombies: {mode: off}}").fixes["reap-zombies"].mode is Mode.OFF
+
+
+def test_a_label_that_is_mapped_is_taken_from_nowhere_else() -> None:
+    """Without it the alert's own `pod`, which is kube-state-metrics', would be the target."""
+    matcher = Matcher(fix="reap-zombies", match=("a=b",), labels={"pod": "kube_pod"})
+    assert matcher.target_labels({"pod": "metrics-1", "kube_pod": "web-1"})["pod"] == "web-1"
+    assert matcher.target_labels({"pod": "metrics-1", "node": "n1"}) == {"pod": "", "node": "n1"}
 
 
 @pytest.mark.parametrize(
