@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ from remediator.alertmanager import Reader
 from remediator.config import Config, ConfigError, Mode
 from remediator.fixes import FIXES, Edges, Entry, settings_types
 from remediator.flags import Flags
-from remediator.host import HostClock, own_claim
+from remediator.host import HostClock, LockedError, host_lock, own_claim
 from remediator.journal import JournalError
 from remediator.journal.sqlite import SqliteJournal
 from remediator.metrics import Metrics
@@ -180,7 +181,23 @@ class Daemon:
         self._reader = self._make_reader()
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; the exit status."""
+        """Serve until SIGTERM or SIGINT; the exit status.
+
+        Two daemons on one journal would each count their own slots and storms.
+        """
+        journal = str(self._flags.journal.absolute())
+        name = f"serve-{sha256(journal.encode()).hexdigest()[:8]}"
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(host_lock(self._flags.lock_directory, name))
+            except LockedError as error:
+                log.error("another daemon works on this journal", journal=journal, why=str(error))
+                return 1
+            except OSError as error:  # it can't act without lock files either, and will say so
+                log.warning("no lock file for the journal", journal=journal, why=error.strerror)
+            return await self._run()
+
+    async def _run(self) -> int:
         sys.setswitchinterval(_SWITCH)
         gc.collect()
         gc.set_threshold(_GARBAGE)

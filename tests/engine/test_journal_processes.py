@@ -1,5 +1,6 @@
 """Several processes on one journal file: what one commits, every other one finds."""
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -42,3 +43,19 @@ def test_a_journal_that_may_not_be_looked_at_is_said(tmp_path: Path) -> None:
     assert listed.returncode == 1
     assert "can't be read" in listed.stderr
     assert "Traceback" not in listed.stderr
+
+
+async def test_a_second_daemon_on_one_journal_is_refused(tmp_path: Path) -> None:
+    """Each would count its own slots and storms."""
+    async with running(tmp_path) as first:
+        second = Daemon(tmp_path).start()
+        assert second.process is not None
+        assert await asyncio.to_thread(second.process.wait, 30) == 1
+        assert "another daemon works on this journal" in first.log()
+        elsewhere = Daemon(tmp_path)
+        elsewhere.journal = tmp_path / "another" / "remediator.db"
+        await elsewhere.start().ready()
+        elsewhere.stop()
+    again = Daemon(tmp_path).start()  # the first has gone, its file hasn't
+    await again.ready()
+    again.stop()
