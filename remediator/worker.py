@@ -8,7 +8,7 @@ otherwise it's made again.
 import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 from structlog.contextvars import bound_contextvars
@@ -66,6 +66,14 @@ class Events(Protocol):
 
     def ended(self, remediation: Remediation) -> None:
         """It is durable in a terminal phase."""
+
+
+class Seen(NamedTuple):
+    """What a fix found, when on the boot clock, and which it was: a reload may bring another."""
+
+    condition: Condition
+    at: float
+    fix: Fix
 
 
 class Worker:
@@ -144,15 +152,15 @@ class Worker:
             return remediation.id in self._acting
         return claim is not None and owner_alive(claim, self._clock.boot_id, self._procfs)
 
-    async def _admit(self, remediation: Remediation) -> tuple[Remediation, Condition, float] | None:
+    async def _admit(self, remediation: Remediation) -> tuple[Remediation, Seen] | None:
         """Check and decide; None where it goes no further now."""
         if decision := policy.expired(remediation, self._clock.now()):
             await self._end(remediation, Phase.SKIPPED, decision.reason, decision.message)
             return None
-        looked = await self._look(remediation)
-        if looked is None:
+        seen = await self._look(remediation)
+        if seen is None:
             return None
-        condition, at = looked
+        condition = seen.condition
         if not condition.broken:  # the common end of a stale alert, without reading more
             await self._end(remediation, Phase.SKIPPED, condition.reason, condition.message)
             return None
@@ -166,7 +174,7 @@ class Worker:
                     await self._journal.admit(remediation.id, decision, condition.workload)
                     log.info("admitted", reason=decision.reason, message=decision.message)
                     remediation = msgspec.structs.replace(remediation, phase=Phase.ADMITTED)
-                return remediation, condition, at
+                return remediation, seen
         await self._deny(remediation, decision, facts)
         return None
 
@@ -196,7 +204,7 @@ class Worker:
                 log.error("paused", by=by, why=decision.message)
         await self._end(remediation, Phase.SKIPPED, decision.reason, decision.message)
 
-    async def _look(self, remediation: Remediation) -> tuple[Condition, float] | None:
+    async def _look(self, remediation: Remediation) -> Seen | None:
         """What forbids a look, then the look itself; None where that ended the remediation."""
         facts = await self._facts(remediation, acts=False)
         if decision := policy.before_check(remediation, facts):
@@ -218,12 +226,10 @@ class Worker:
                 message = f"The check failed unexpectedly ({name}); nothing was done."
             await self._end(remediation, Phase.SKIPPED, "CheckFailed", message)
             return None
-        return condition, self._clock.boottime()
+        return Seen(condition, self._clock.boottime(), fix)
 
-    async def execute(
-        self, remediation: Remediation, condition: Condition | None = None, at: float = 0.0
-    ) -> None:
-        """Claim and act on an Admitted one. `at`: when `condition` was seen, on the boot clock."""
+    async def execute(self, remediation: Remediation, seen: Seen | None = None) -> None:
+        """Claim and act on an Admitted one."""
         async with (
             self._turns.slot(remediation.fix),
             self._turns.lock(
@@ -233,22 +239,22 @@ class Worker:
             if locked_by:
                 await self._end(remediation, Phase.SKIPPED, "Locked", locked_by)
                 return
-            if condition is None or self._clock.boottime() - at > FRESH:
+            if seen is None or self._clock.boottime() - seen.at > FRESH:
                 again = await self._admit(remediation)
                 if again is None:
                     return
-                _, condition, _ = again
+                _, seen = again
             else:
                 # Paused, reloaded, or past its window a moment ago. That it counts as one of the
                 # acts that are allowed was decided, and stands.
                 facts = await self._facts(remediation, acts=False)
                 decision = policy.before_check(remediation, facts) or policy.after_check(
-                    remediation, condition, facts
+                    remediation, seen.condition, facts
                 )
                 if decision.verdict is not Verdict.ADMIT:
                     await self._deny(remediation, decision, facts)
                     return
-            await self._claim_and_act(remediation, condition, None)
+            await self._claim_and_act(remediation, seen.fix, seen.condition, None)
 
     async def _take_over(self, remediation: Remediation, previous: Claim) -> None:
         """Its owner is dead: what it began is resumed or ended in words, never blindly repeated.
@@ -264,7 +270,7 @@ class Worker:
             if found is None or found.phase.terminal or found.claim != previous:
                 return
             died = f"Its executor (pid {previous.pid}) died"
-            condition = found.condition
+            fix, condition = self.fixes[found.fix], found.condition
             if previous.takeovers >= MOST_TAKEOVERS:
                 await self._end(found, Phase.FAILED, "DiedRepeatedly", _died_often(found, previous))
                 return
@@ -285,12 +291,16 @@ class Worker:
                 again = await self._admit(found)
                 if again is None:
                     return
-                _, condition, _ = again
+                _, (condition, _, fix) = again
             log.warning("taken over", why=died, steps=len(found.steps))
-            await self._claim_and_act(found, condition, previous)
+            await self._claim_and_act(found, fix, condition, previous)
 
     async def _claim_and_act(
-        self, remediation: Remediation, condition: Condition | None, previous: Claim | None
+        self,
+        remediation: Remediation,
+        fix: Fix,
+        condition: Condition | None,
+        previous: Claim | None,
     ) -> None:
         """Apply, or resume where there are earlier steps; verify; record."""
         if self._stopping:  # its turn came too late: the next start takes it up
@@ -302,14 +312,13 @@ class Worker:
                 claim = msgspec.structs.replace(claim, takeovers=previous.takeovers + 1)
             mine = await self._journal.claim(remediation.id, claim, condition, previous)
             log.info("running", message=condition.message if condition else "")
-            await self._act(mine, claim, condition)
+            await self._act(mine, claim, fix, condition)
         finally:
             self._acting.discard(remediation.id)
 
     async def _act(
-        self, remediation: Remediation, claim: Claim, condition: Condition | None
+        self, remediation: Remediation, claim: Claim, fix: Fix, condition: Condition | None
     ) -> None:
-        fix = self.fixes[remediation.fix]
         record = recorder(self._journal, remediation.id, claim)
         steps = Steps(record, self._clock.now, remediation.steps)
         try:

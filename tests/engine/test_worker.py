@@ -343,6 +343,23 @@ async def test_e40_what_waited_for_its_turn_is_decided_once_more_however_short_i
     assert bench.acts == ["web-1"]
 
 
+async def test_the_fix_that_looked_is_the_one_that_acts(bench: Bench, tmp_path: Path) -> None:
+    """A reload in between brings another, which knows nothing of what was seen."""
+    fix = Gated(bench)
+    doing = bench.worker(fix)
+    one, two = await bench.ask("web-1"), await bench.ask("web-2")
+    running = asyncio.create_task(doing.handle(one))
+    await until(lambda: bench.acts == ["web-1"])
+    waiting = asyncio.create_task(doing.handle(two))
+    while (await bench.now(two)).phase is not Phase.ADMITTED:
+        await asyncio.sleep(0.01)
+    doing.fixes = {"mend-file": MendFile(Settings(directory=str(tmp_path)))}
+    fix.gate.set()
+    await asyncio.wait_for(asyncio.gather(running, waiting), 30)
+    assert await bench.end(two) == (Phase.SUCCEEDED, "Mended")
+    assert bench.acts == ["web-1", "web-2"]
+
+
 async def test_e37_two_pods_of_one_workload_are_not_mended_at_the_same_time(
     bench: Bench,
 ) -> None:
