@@ -45,7 +45,7 @@ from remediator.model import (
 
 T = TypeVar("T")
 
-SMALLEST = 256 << 10  # bytes: a journal with nothing in it has half of that
+SMALLEST = 256 << 10  # bytes, a few times what a journal with nothing in it has
 RESERVE = 8 << 20
 """Bytes beyond `max_bytes` that webhooks may not fill: what runs must not break off for them."""
 

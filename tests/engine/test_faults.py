@@ -297,6 +297,8 @@ async def test_people_approve_pause_and_resume(tmp_path: Path) -> None:
         paused = await asyncio.to_thread(daemon.cli, "pause", "mend-file", "--why=looking")
         assert "paused" in paused.stdout
         assert await daemon.metric("upkeep_remediation_paused", fix="mend-file") == 1
+        by = json.loads(daemon.cli("show", found["id"], "-o", "json").stdout)["approved_by"]
+        assert f"paused</span> by {by}: looking" in (await daemon.get("/"))[1]
         await daemon.post(message(alert("web-2")))
         found = (await daemon.settled(2))[0]
         assert (found["reason"], "looking" in found["message"]) == ("Paused", True)
