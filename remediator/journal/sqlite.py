@@ -66,6 +66,7 @@ class SqliteJournal:
         """`max_bytes`: what webhooks may fill; None for people, whose word is always written."""
         self.path = path
         self._clock = clock
+        self._opened = self._instant()
         self._max_bytes = max_bytes
         self._writer = Writer(path, busy_timeout=busy_timeout, max_bytes=_with_reserve(max_bytes))
         self._reader = Reader(path, busy_timeout)
@@ -334,7 +335,10 @@ class SqliteJournal:
         return await self._read(reading.counts)
 
     async def prune(self, *, max_age: float, max_records: int, horizon: float = 0.0) -> int:
-        before, since = self._now() - max_age, rows.since(self._instant(), horizon)
+        now, opened = self._instant(), self._opened
+        # The wall clock as it would be had nobody set it ahead: history is not dropped for that.
+        wall = min(now.wall, opened.wall + max(0.0, now.boottime - opened.boottime))
+        before, since = wall - max_age, rows.since(now, horizon)
         total = 0
         while done := await self._writer.run(
             lambda connection: changing.prune(connection, before, max_records, since)

@@ -323,6 +323,18 @@ class JournalContract:
         assert await journal.acts("mend-file", 60) == []
         assert await journal.prune(max_age=3600, max_records=0, horizon=60) == 1
 
+    async def test_e36_a_clock_that_is_set_ahead_drops_no_history(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        await acted(journal)
+        await journal.accept([request("web-2")], "r2")
+        await journal.finish("r2-0", Phase.SKIPPED, "Cooldown", "no")
+        clock.step(30 * 365 * 86400)
+        clock.pass_time(3599)
+        assert await journal.prune(max_age=3600, max_records=10) == 0
+        clock.pass_time(2)
+        assert await journal.prune(max_age=3600, max_records=10) == 2
+
     async def test_e36_what_acted_before_a_reboot_counts_by_the_shorter_clock(
         self, journal: Journal, clock: StubClock
     ) -> None:
