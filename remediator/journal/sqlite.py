@@ -115,9 +115,15 @@ class SqliteJournal:
             if needed <= left:
                 left -= needed
                 taken.append(message)
+        large = sum([len(message.rows) for message in taken]) > RESERVE // 8
+        if large:
+            connection.execute("SAVEPOINT large")
         accepted = accepting.accept(connection, taken, self._now(), self._known)
-        if self._filled(connection, RESERVE // 2):  # too much at once: none of it is kept
-            raise self._full()
+        if large and self._filled(connection, RESERVE // 2):  # too much at once: none is kept
+            connection.execute("ROLLBACK TO large")
+            for request in [request for message in taken for request in message.requests]:
+                self._known.forget(request.fix, request.target)
+            return [self._full()] * len(messages)
         self._room -= sum([outcome.created for outcome in accepted])
         if len(taken) == len(messages):
             return accepted

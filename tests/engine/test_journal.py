@@ -117,8 +117,16 @@ async def test_e39_webhooks_that_fill_the_journal_leave_room_for_what_runs(
     await journal.admit("r1-0", ADMIT)
     await journal.claim("r1-0", MINE, SEEN, None)
     large = [request(f"web-{n}") for n in range(15_000)]
-    with pytest.raises(JournalError, match=r"raise journal\.max_bytes"):
-        await journal.accept(large, "large")
+    step = Step(name="mend", message="mend it", started_at=STARTED)
+    refused, recorded = await asyncio.gather(
+        journal.accept(large, "large"),
+        journal.record_step("r1-0", MINE, 0, step),
+        return_exceptions=True,
+    )
+    assert isinstance(refused, JournalError)
+    assert "raise journal.max_bytes" in str(refused)
+    assert recorded is None  # in the same commit
+    assert (await journal.accept([large[0]], "small")).created == 1
     with pytest.raises(JournalError, match=r"raise journal\.max_bytes"):
         for number in range(1000):
             await journal.accept(large[number * 15 : number * 15 + 15], f"m{number}")
