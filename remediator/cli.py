@@ -29,7 +29,7 @@ RESTORES = "rotate-certificates"
 """The fix whose backups `restore` puts back."""
 
 
-_UNKNOWN = ("Locked", "CheckFailed")
+_UNKNOWN = ("Locked", "CheckFailed", "Interrupted")
 """Refusals that leave open whether anything needs doing: no success for a script."""
 
 

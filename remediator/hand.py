@@ -17,7 +17,7 @@ from remediator.config import Config
 from remediator.flags import Flags
 from remediator.host import HostClock, own_claim, owner_alive
 from remediator.journal.sqlite import SqliteJournal
-from remediator.model import Claim, Condition, Fix, Remediation, Request, Step, Target
+from remediator.model import Claim, Condition, Fix, Phase, Remediation, Request, Step, Target
 from remediator.worker import Worker
 
 if TYPE_CHECKING:  # its module loads what the other fixes never need
@@ -151,7 +151,13 @@ class Hands:
         name = f"hand-{secrets.token_hex(6)}"
         begun = await self._journal.begin(self._fix.name, target, name, by, self._claim)
         await self._steadily(self._worker.execute(begun))
-        return await self._now(begun)
+        found = await self._now(begun)
+        if found.phase is Phase.ADMITTED:  # stopped while it looked
+            message = "It was stopped before the first step; nothing was done."
+            return await self._journal.finish(
+                begun.id, Phase.SKIPPED, "Interrupted", message, claim=begun.claim
+            )
+        return found
 
     async def ask(self, target: Target) -> Remediation | None:
         """As an alert asks: every guardrail stands. None where no record is kept."""
