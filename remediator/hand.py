@@ -97,6 +97,7 @@ class Hands:
         self._journal = journal
         self._clock = HostClock()
         self._claim = own_claim(self._clock)
+        self._dry_run = flags.dry_run
         self._ended = _Ended()
         self._worker = Worker(
             journal=journal,
@@ -149,7 +150,10 @@ class Hands:
         """Once, now. ConflictError where one is under way. fix: another look of the same fix."""
         self._worker.fixes = {self._fix.name: fix or self._fix}
         name = f"hand-{secrets.token_hex(6)}"
-        begun = await self._journal.begin(self._fix.name, target, name, by, self._claim)
+        # A dry run takes nobody's place: it only shows what would be done.
+        begun = await self._journal.begin(
+            self._fix.name, target, name, by, self._claim, instead=not self._dry_run
+        )
         await self._steadily(self._worker.execute(begun))
         found = await self._now(begun)
         if found.phase is Phase.ADMITTED:  # stopped while it looked

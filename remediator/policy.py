@@ -28,6 +28,7 @@ REFUSALS = (
     "FixOff",
     "OwnerDied",
     "Locked",
+    "ByHand",
     "Interrupted",
 )
 """Every reason for which the engine itself skips, beside those of a fix's own check."""

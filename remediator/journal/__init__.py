@@ -117,11 +117,18 @@ class Journal(Protocol):
         """
 
     async def begin(
-        self, fix: str, target: Target, remediation_id: str, by: str, claim: Claim
+        self,
+        fix: str,
+        target: Target,
+        remediation_id: str,
+        by: str,
+        claim: Claim,
+        *,
+        instead: bool = False,
     ) -> Remediation:
         """Make an Admitted remediation asked for by hand, claimed by the process that runs it.
 
-        `ConflictError` where one is active.
+        `ConflictError` where one is active. instead: one that only waits gives its place to it.
         """
 
     async def get(self, remediation_id: str) -> Remediation | None:

@@ -94,6 +94,15 @@ def change(  # noqa: PLR0917 - in the order of the statement it makes
         )
 
 
+def give_way(connection: sqlite3.Connection, remediation_id: str, why: str, now: float) -> None:
+    """End one that waits because a person doesn't."""
+    connection.execute(
+        "UPDATE remediations SET phase = 'Skipped', reason = 'ByHand', message = ?, ended_at = ?, "
+        "due_at = NULL WHERE id = ? AND phase = 'Pending'",
+        (f"{rows.text(why)}, which took its place.", now, remediation_id),
+    )
+
+
 def resume(connection: sqlite3.Connection, fix: str, by: str, now: float) -> bool:
     """False where it wasn't paused. What was admitted so far counts towards no storm any more."""
     done = connection.execute("DELETE FROM pauses WHERE fix = ?", (fix,))

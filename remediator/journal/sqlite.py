@@ -143,7 +143,14 @@ class SqliteJournal:
         )
 
     async def begin(
-        self, fix: str, target: Target, remediation_id: str, by: str, claim: Claim
+        self,
+        fix: str,
+        target: Target,
+        remediation_id: str,
+        by: str,
+        claim: Claim,
+        *,
+        instead: bool = False,
     ) -> Remediation:
         now, instant = self._now(), rows.encode(self._instant())
 
@@ -152,7 +159,10 @@ class SqliteJournal:
                 f"SELECT id, phase FROM remediations WHERE fix = ? AND target = ? AND {ACTIVE}",
                 (fix, target.key),
             ).fetchone()
-            if found is not None:
+            if found is not None and instead and found["phase"] == Phase.PENDING:
+                changing.give_way(connection, found["id"], f"{by} asked for it by hand", now)
+                self._known.forget(fix, target)
+            elif found is not None:
                 raise ConflictError(
                     f"{fix} of {target} is {found['phase']} already as {found['id']}; wait for it"
                 )

@@ -25,6 +25,7 @@ from remediator.model import (
     Target,
     Verdict,
 )
+from remediator.windows import Window
 from remediator.worker import Worker
 from tests.engine.mend_file import MendFile, Settings
 from tests.engine.support import NODE, StubClock, request
@@ -172,3 +173,23 @@ async def until(what: Callable[[], object], seconds: float = 30.0) -> None:
 
 def approval() -> FixPolicy:
     return FixPolicy(mode=Mode.APPROVAL, cooldown=Seconds(0))
+
+
+def annotated(bench: Bench) -> None:
+    (bench.files / "web-1.opt-out").touch()
+
+
+def listed(bench: Bench) -> None:
+    bench.opt_out = OptOut(nodes=(NODE,))
+
+
+def mode(mode: Mode) -> Callable[[Bench], None]:
+    def change(bench: Bench) -> None:
+        bench.policy = FixPolicy(mode=mode, cooldown=Seconds(0))
+
+    return change
+
+
+def window(bench: Bench) -> None:
+    nine = Window(start="09:00", end="10:00")  # it's 03:04
+    bench.policy = FixPolicy(maintenance_windows=(nine,), cooldown=Seconds(0))

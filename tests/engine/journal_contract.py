@@ -284,6 +284,22 @@ class JournalContract:
         accepted = await journal.accept([request()], "r1")
         assert (accepted.created, accepted.coalesced) == (0, 1)
 
+    async def test_what_only_waits_gives_way_to_a_person(self, journal: Journal) -> None:
+        """`run` is promised to wait for no approval and no window."""
+        await journal.accept([request()], "r1")
+        await journal.wait("r1-0", WAIT, due_in=60, expires_in=1000)
+        target = request().target
+        with pytest.raises(ConflictError, match="Pending already as r1-0"):
+            await journal.begin("mend-file", target, "hand-1", "ada", MINE)
+        await journal.begin("mend-file", target, "hand-2", "ada", MINE, instead=True)
+        waited = await journal.get("r1-0")
+        assert waited is not None
+        assert (waited.phase, waited.reason) == (Phase.SKIPPED, "ByHand")
+        assert waited.message == "ada asked for it by hand, which took its place."
+        assert (await journal.accept([request()], "r2")).coalesced == 1
+        with pytest.raises(ConflictError, match="Admitted already as hand-2"):
+            await journal.begin("mend-file", target, "hand-3", "bob", OTHER, instead=True)
+
     async def test_an_id_may_be_shortened_while_it_is_unambiguous(self, journal: Journal) -> None:
         await journal.accept([request("web-1"), request("web-2")], "abcdef")
         assert await journal.get("abc") is None
