@@ -54,7 +54,7 @@ class FixPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     maintenance_windows: tuple[Window, ...] = ()
     """When it may act; outside it waits. Without any: always."""
     expires: Seconds = Seconds(86400)
-    """How long one waits for approval or a window before it is given up."""
+    """How long one waits for approval or a window before it is given up; not where approved."""
     pause_after_failure: bool = False
     """Pause the fix once it has failed, until a person resumes it."""
     settings: dict[str, Any] = {}

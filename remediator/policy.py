@@ -173,8 +173,8 @@ def _wait(remediation: Remediation, facts: Facts) -> Decision | None:
 
 
 def expired(remediation: Remediation, now: datetime) -> Decision | None:
-    """Give up what has waited too long."""
-    if remediation.expires_at is None or now < remediation.expires_at:
+    """Give up what has waited too long; what a person approved in time only waits for a window."""
+    if remediation.approved_by or remediation.expires_at is None or now < remediation.expires_at:
         return None
     waited = now - remediation.created_at
     return _refuse(

@@ -101,7 +101,8 @@ def due(connection: sqlite3.Connection, fix: str, limit: int, now: float) -> lis
     """See `Journal.due`. now: seconds since 1970."""
     found = connection.execute(
         f"SELECT {rows.COLUMNS} FROM remediations WHERE fix = ? AND {ACTIVE} "
-        "AND (due_at IS NULL OR due_at <= ? OR due_at > ? OR expires_at <= ?) "
+        "AND (due_at IS NULL OR due_at <= ? OR due_at > ? "
+        "OR (expires_at <= ? AND approved_by = '')) "
         "ORDER BY phase = 'Running' DESC, phase = 'Admitted' DESC, due_at IS NOT NULL, seq LIMIT ?",
         (fix, now, now + LONGEST_WAIT, now, limit),
     ).fetchall()

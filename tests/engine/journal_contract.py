@@ -209,6 +209,18 @@ class JournalContract:
         clock.pass_time(101)  # the first wait set the expiry, the second didn't move it
         assert len(await journal.due("mend-file", 10)) == 1
 
+    async def test_what_was_approved_is_not_looked_at_all_the_time_once_its_expiry_is_past(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        await journal.accept([request()], "r1")
+        await journal.wait("r1-0", WAIT, due_in=60, expires_in=100)
+        await journal.approve("r1-0", "ada")
+        clock.pass_time(101)
+        await journal.wait("r1-0", WAIT, due_in=60, expires_in=100)
+        assert await journal.due("mend-file", 10) == []
+        clock.pass_time(60)
+        assert len(await journal.due("mend-file", 10)) == 1
+
     async def test_what_only_waits_is_looked_at_after_what_is_new_or_approved(
         self, journal: Journal, clock: StubClock
     ) -> None:

@@ -220,6 +220,13 @@ def test_what_waited_too_long_is_given_up() -> None:
     assert (found.reason, "1 d" in found.message) == ("Expired", True)
 
 
+def test_what_was_approved_in_time_waits_for_its_window_however_long() -> None:
+    approved = remediation(
+        expires_at=STARTED + timedelta(days=1), reason="OutsideWindow", approved_by="ada"
+    )
+    assert policy.expired(approved, STARTED + timedelta(days=6)) is None
+
+
 def test_a_failed_rotation_pauses_the_fix() -> None:
     strict = FixPolicy(pause_after_failure=True)
     assert policy.pauses_after(remediation(), Phase.FAILED, strict)
