@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from remediator.journal import LONGEST_WAIT, Act, Counts, JournalError, Pause, rows
-from remediator.journal.schema import ACTIVE
+from remediator.journal.schema import ACTIVE, APPLICATION_ID, VERSION
 from remediator.journal.writer import sentence
 from remediator.model import Phase, Remediation, Request
 
@@ -53,6 +53,11 @@ class Reader:
             )
             self._connection.row_factory = sqlite3.Row
             self._inode = inode
+            owner = self._connection.execute("PRAGMA application_id").fetchone()[0]
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if (owner, version) not in ((APPLICATION_ID, VERSION), (0, 0)):  # (0, 0): not made yet
+                self._close()
+                raise JournalError(f"{self._path} is not a journal of this version of Upkeep")
         return self._connection
 
     def _close(self) -> None:

@@ -256,6 +256,19 @@ async def test_a_journal_of_something_else_is_refused(tmp_path: Path, clock: Stu
     await journal.aclose()
 
 
+async def test_a_journal_of_a_newer_version_is_not_even_read(
+    journal: SqliteJournal, clock: StubClock
+) -> None:
+    await journal.accept([request()], "r1")
+    connection = sqlite3.connect(journal.path)
+    connection.execute("PRAGMA user_version=99")
+    connection.close()
+    reading = SqliteJournal(journal.path, clock, read_only=True)
+    with pytest.raises(JournalError, match="not a journal of this version"):
+        await reading.find()
+    await reading.aclose()
+
+
 async def test_messages_agree_with_a_plain_model(
     journal: SqliteJournal, seed: int, soak: bool
 ) -> None:
