@@ -88,7 +88,8 @@ async def _with_journal(given: argparse.Namespace, flags: Flags, fixes: Mapping[
             case "approve":
                 found = await _get(journal, given.id)
                 done = await journal.approve(found.id, _person())
-                print(f"{done.id}: approved; it acts when it's next looked at")
+                said = "it's looked at now, and acts if nothing else is against it"
+                print(f"{done.id}: approved; {said}")
                 return 0
             case _:
                 return await _pause_or_resume(given, journal, fixes)
