@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from enum import StrEnum
 from functools import lru_cache
+from itertools import count
 from typing import Any, Protocol
 
 import msgspec
@@ -259,7 +260,7 @@ class Steps:
         self._now = now
         self.earlier = tuple(earlier)
         """Steps of a previous owner that died while it ran, oldest first."""
-        self._count = len(self.earlier)
+        self._numbers = count(len(self.earlier))
 
     def unfailing(self) -> "Steps":
         """The same log for a way back, which is gone to its end whether it's recorded or not."""
@@ -271,7 +272,7 @@ class Steps:
                 log.exception("a step can't be recorded", step=step.name, ok=step.ok)
 
         same = Steps(record, self._now, self.earlier)
-        same._count = self._count
+        same._numbers = self._numbers  # no step of either takes the place of one of the other
         return same
 
     @asynccontextmanager
@@ -281,7 +282,7 @@ class Steps:
         What the body raises passes on, whether that can be recorded or not: a cancellation or a
         fix's own words are not to be lost to a full disk.
         """
-        index, self._count = self._count, self._count + 1
+        index = next(self._numbers)
         handle = StepHandle()
         handle.data = dict(data)
         begun = Step(name=name, message=message, started_at=self._now(), data=dict(data))

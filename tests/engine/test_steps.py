@@ -48,6 +48,20 @@ async def test_e42_a_cancellation_outlives_a_full_disk() -> None:
     assert task.cancelled()
 
 
+async def test_the_way_back_and_what_follows_it_take_no_step_from_each_other() -> None:
+    written: dict[int, str] = {}
+
+    async def record(index: int, step: Step) -> None:
+        written[index] = step.name
+
+    steps = Steps(record, lambda: datetime.now(UTC))
+    back = steps.unfailing()
+    for log, name in ((steps, "there"), (back, "back"), (steps, "unlock"), (back, "again")):
+        async with log.step(name, name):
+            pass
+    assert written == {0: "there", 1: "back", 2: "unlock", 3: "again"}
+
+
 async def test_a_step_that_went_well_and_cannot_be_recorded_ends_the_fix() -> None:
     log = Log()
     with pytest.raises(JournalError):
