@@ -67,8 +67,9 @@ async def carry_out(  # noqa: PLR0911 - one return a way to end
 
     Only cancellation and ConflictError pass on.
     """
+    bound = asyncio.timeout(fix.deadline)
     try:
-        async with asyncio.timeout(fix.deadline):
+        async with bound:
             if steps.earlier or condition is None:
                 outcome = await fix.resume(target, steps)
             else:
@@ -81,12 +82,12 @@ async def carry_out(  # noqa: PLR0911 - one return a way to end
         return _failed("JournalUnavailable", f"A step could not be recorded: {error}")
     except ConflictError:  # another process took it over, so its end is that one's to record
         raise
-    except TimeoutError:
-        return _failed(
-            "DeadlineExceeded",
-            f"It did not end within {fix.deadline:.0f} s; the fix undid what it could.",
-        )
-    except Exception:
+    except Exception as error:
+        if isinstance(error, TimeoutError) and bound.expired():
+            return _failed(
+                "DeadlineExceeded",
+                f"It did not end within {fix.deadline:.0f} s; the fix undid what it could.",
+            )
         log.exception("the fix failed unexpectedly")
         return _failed("InternalError", INTERNAL)
     if outcome.phase is not Phase.SUCCEEDED or condition is None:
@@ -95,14 +96,15 @@ async def carry_out(  # noqa: PLR0911 - one return a way to end
 
 
 async def _verified(fix: Fix, target: Target, condition: Condition, outcome: Outcome) -> Outcome:
+    bound = asyncio.timeout(CHECK_DEADLINE)
     try:
-        async with asyncio.timeout(CHECK_DEADLINE):
+        async with bound:
             after = await fix.verify(target, condition)
     except CheckError as error:
         return _failed("VerifyFailed", f"{outcome.message} But: {error}")
-    except TimeoutError:
-        return _failed("VerifyFailed", f"{outcome.message} But: the look afterwards hung.")
     except Exception as error:
+        if isinstance(error, TimeoutError) and bound.expired():
+            return _failed("VerifyFailed", f"{outcome.message} But: the look afterwards hung.")
         log.exception("the verification failed unexpectedly")
         return _failed("VerifyFailed", f"{outcome.message} But: {type(error).__name__}.")
     if after.broken:

@@ -32,7 +32,7 @@ RESTORES = "rotate-certificates"
 """The fix whose backups `restore` puts back."""
 
 
-_UNKNOWN = ("Locked", "CheckFailed")
+_UNKNOWN = ("Locked", "CheckFailed", "Interrupted")
 """Refusals that leave open whether anything needs doing: no success for a script."""
 
 
@@ -91,7 +91,11 @@ def _check_config(flags: Flags, fixes: Mapping[str, Entry]) -> int:
 
 
 async def _with_journal(given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entry]) -> int:
-    if not flags.journal.exists():
+    try:
+        there = flags.journal.exists()
+    except OSError as error:
+        raise CommandError(f"{flags.journal} can't be read: {error.strerror}") from None
+    if not there:
         raise CommandError(f"there is no journal at {flags.journal} yet; name it by --journal")
     reads = given.command in ("list", "show")
     journal = SqliteJournal(flags.journal, HostClock(), read_only=reads)
@@ -104,7 +108,8 @@ async def _with_journal(given: argparse.Namespace, flags: Flags, fixes: Mapping[
             case "approve":
                 found = await _get(journal, given.id)
                 done = await journal.approve(found.id, _person())
-                _say(f"{done.id}: approved; it acts when it's next looked at")
+                said = "it's looked at now, and acts if nothing else is against it"
+                _say(f"{done.id}: approved; {said}")
                 return 0
             case _:
                 return await _pause_or_resume(given, journal, fixes)

@@ -58,7 +58,7 @@ class FixPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     maintenance_windows: tuple[Window, ...] = ()
     """When it may act; outside it waits. Without any: always."""
     expires: Seconds = Seconds(86400)
-    """How long one waits for approval or a window before it is given up."""
+    """How long one waits for approval or a window before it is given up; not where approved."""
     pause_after_failure: bool = False
     """Pause the fix once it has failed, until a person resumes it."""
     settings: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class JournalOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Bounds of the journal."""
 
     max_bytes: Annotated[int, msgspec.Meta(ge=1 << 20, le=1 << 40)] = 256 << 20
-    """Largest size of the file; when full, webhooks get 503."""
+    """What webhooks may fill of the file; when full, they get 503."""
     max_records: Count = 10_000
     """Ended remediations kept, refusals dropped first."""
     max_age: Seconds = Seconds(90 * 86400)

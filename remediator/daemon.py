@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from exporter.kubernetes import AccessError, check_access, has_access
 from exporter.logs import get_logger
@@ -19,7 +20,7 @@ from remediator.alertmanager import Reader
 from remediator.config import Config, ConfigError, Mode
 from remediator.fixes import FIXES, Edges, Entry, settings_types
 from remediator.flags import Flags
-from remediator.host import HostClock, own_claim
+from remediator.host import HostClock, LockedError, host_lock, own_claim
 from remediator.journal import JournalError
 from remediator.journal.sqlite import SqliteJournal
 from remediator.metrics import Metrics
@@ -106,6 +107,7 @@ class Daemon:
             dry_run=flags.dry_run,
         )
         self._scheduler = Scheduler(self._journal, self._worker, lambda: self._config)
+        self._reloading = asyncio.Lock()
         self._reader = self._make_reader()
         self._api = Api(
             journal=self._journal,
@@ -148,44 +150,81 @@ class Daemon:
 
     async def reload(self) -> str:
         """Take over the configuration file, whole or not at all; what is wrong with it, or ''."""
-        try:
-            loaded, settings = load_config(self._flags, self._entries)
-            # A fix whose settings are the same stays: it may hold threads, or a memory of its own.
-            changed = {
-                name: entry
-                for name, entry in self._entries.items()
-                if settings[name] != self._settings[name]
-            }
-            fixes = {**self._fixes, **make_fixes(self._flags, settings, changed)}
-            await self.listener.reload(self._demands(loaded))
-        except (ConfigError, WebConfigError) as error:
+        async with self._reloading:  # two at once could leave what neither of them read
+            try:
+                await self._reload()
+            except (ConfigError, WebConfigError) as error:
+                problem = str(error)
+            except Exception:
+                log.exception("the reload failed unexpectedly")
+                problem = "an unexpected error; the log has the traceback"
+            else:
+                self._metrics.reload_successful.set(1)
+                log.info("configuration reloaded")
+                await self._worker.reconfigured()
+                self._scheduler.wake()
+                return ""
             self._metrics.reload_successful.set(0)
-            log.error("the old configuration stays in force", why=str(error))
-            return str(error)
+            log.error("the old configuration stays in force", why=problem)
+            return problem
+
+    async def _reload(self) -> None:
+        loaded, settings = load_config(self._flags, self._entries)
+        # A fix whose settings are the same stays: it may hold threads, or a memory of its own.
+        changed = {
+            name: entry
+            for name, entry in self._entries.items()
+            if settings[name] != self._settings[name]
+        }
+        fixes = {**self._fixes, **make_fixes(self._flags, settings, changed)}
+        await self.listener.reload(self._demands(loaded))
         self._config, self._settings = loaded, settings
         self._worker.fixes = self._fixes = fixes
         bounds = loaded.journal
         self._journal.bound(max_bytes=bounds.max_bytes, max_active=bounds.max_active)
         self._reader = self._make_reader()
-        self._metrics.reload_successful.set(1)
-        log.info("configuration reloaded")
-        self._scheduler.wake()
-        return ""
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; the exit status."""
+        """Serve until SIGTERM or SIGINT; the exit status.
+
+        Two daemons on one journal would each count their own slots and storms.
+        """
+        journal = str(self._flags.journal.absolute())
+        name = f"serve-{sha256(journal.encode()).hexdigest()[:8]}"
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(host_lock(self._flags.lock_directory, name))
+            except LockedError as error:
+                log.error("another daemon works on this journal", journal=journal, why=str(error))
+                return 1
+            except OSError as error:  # it can't act without lock files either, and will say so
+                log.warning("no lock file for the journal", journal=journal, why=error.strerror)
+            return await self._run()
+
+    async def _run(self) -> int:
         sys.setswitchinterval(_SWITCH)
         gc.collect()
         gc.set_threshold(_GARBAGE)
         gc.freeze()  # modules never become garbage: looking through them again costs 50 ms a time
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+
+        def stopping() -> None:
+            if stop.is_set():
+                log.warning("told so again: it ends now; the next start resumes what is under way")
+                _end_now()
+            stop.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, stopping)
         reloads: set[asyncio.Task[str]] = set()
-        loop.add_signal_handler(
-            signal.SIGHUP, lambda: reloads.add(asyncio.create_task(self.reload()))
-        )
+
+        def reload() -> None:
+            task = asyncio.create_task(self.reload())
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
         host, port = self._flags.listen
         await self._refuse_bad_access()
         try:
@@ -214,9 +253,7 @@ class Daemon:
         await self._journal.aclose()
         if left:
             log.warning("ends with remediations under way; the next start resumes them", count=left)
-            logging.shutdown()
-            # Past every handler, like SIGKILL: cancelling them would make them undo in haste.
-            os._exit(0)
+            _end_now()
         return 0
 
     async def _refuse_bad_access(self) -> None:
@@ -234,3 +271,9 @@ class Daemon:
                     return
             await self._journal.aclose()
             raise ConfigError(str(error)) from None
+
+
+def _end_now() -> NoReturn:
+    """Past every handler, like SIGKILL: cancelling what runs would make it undo in haste."""
+    logging.shutdown()
+    os._exit(0)

@@ -17,7 +17,7 @@ from remediator.config import Config
 from remediator.flags import Flags
 from remediator.host import HostClock, own_claim, owner_alive
 from remediator.journal.sqlite import SqliteJournal
-from remediator.model import Claim, Condition, Fix, Remediation, Request, Step, Target
+from remediator.model import Claim, Condition, Fix, Phase, Remediation, Request, Step, Target
 from remediator.worker import Worker
 
 if TYPE_CHECKING:  # its module loads what the other fixes never need
@@ -97,6 +97,7 @@ class Hands:
         self._journal = journal
         self._clock = HostClock()
         self._claim = own_claim(self._clock)
+        self._dry_run = flags.dry_run
         self._ended = _Ended()
         self._worker = Worker(
             journal=journal,
@@ -149,9 +150,18 @@ class Hands:
         """Once, now. ConflictError where one is under way. fix: another look of the same fix."""
         self._worker.fixes = {self._fix.name: fix or self._fix}
         name = f"hand-{secrets.token_hex(6)}"
-        begun = await self._journal.begin(self._fix.name, target, name, by, self._claim)
+        # A dry run takes nobody's place: it only shows what would be done.
+        begun = await self._journal.begin(
+            self._fix.name, target, name, by, self._claim, instead=not self._dry_run
+        )
         await self._steadily(self._worker.execute(begun))
-        return await self._now(begun)
+        found = await self._now(begun)
+        if found.phase is Phase.ADMITTED:  # stopped while it looked
+            message = "It was stopped before the first step; nothing was done."
+            return await self._journal.finish(
+                begun.id, Phase.SKIPPED, "Interrupted", message, claim=begun.claim
+            )
+        return found
 
     async def ask(self, target: Target) -> Remediation | None:
         """As an alert asks: every guardrail stands. None where no record is kept."""

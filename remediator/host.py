@@ -9,7 +9,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -86,16 +86,32 @@ class LockedError(Exception):
 def host_lock(directory: Path, name: str) -> Iterator[None]:
     """Hold `<directory>/<name>.lock` without waiting; the kernel frees it when the holder dies."""
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-    path = directory / f"{name}.lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    handle = _locked(directory / f"{name}.lock")
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise LockedError(f"another process (pid {holder}) holds {path}; wait for it") from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # on a full disk: it's held all the same, only not by whom
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(handle)
+
+
+def _locked(path: Path) -> int:
+    """The file's descriptor, locked. One that is no longer found by its name locks nobody out."""
+    for _ in range(10):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), path.lstat()):
+                return handle
+        except BlockingIOError:
+            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(handle)
+            raise LockedError(f"another process (pid {holder}) holds {path}; wait for it") from None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    raise LockedError(f"{path} is removed as often as it's made; find out by whom")

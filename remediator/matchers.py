@@ -50,8 +50,11 @@ class Matcher(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return True
 
     def target_labels(self, labels: Mapping[str, str]) -> dict[str, str]:
-        """The labels under the names that Upkeep's own alerts have."""
-        renamed = {ours: labels[theirs] for ours, theirs in self.labels.items() if theirs in labels}
+        """The labels under the names that Upkeep's own alerts have.
+
+        What is mapped is taken from nowhere else: an alert's own `pod` may be the exporter's.
+        """
+        renamed = {ours: labels.get(theirs, "") for ours, theirs in self.labels.items()}
         return {**labels, **renamed}
 
 

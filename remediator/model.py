@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from enum import StrEnum
 from functools import lru_cache
+from itertools import count
 from typing import Any, Protocol
 
 import msgspec
@@ -113,13 +114,20 @@ class Alert(msgspec.Struct, frozen=True, kw_only=True):
     resolved: bool
 
 
-class Claim(msgspec.Struct, frozen=True, kw_only=True):
+class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Which process executes a remediation; a process id alone is reused after its death."""
 
     boot_id: str
     pid: int
     start_time: int
     """Clock ticks since boot, field 22 of /proc/PID/stat."""
+    takeovers: int = 0
+    """How often the remediation was taken over from an owner that had died."""
+
+    def same_process(self, other: "Claim") -> bool:
+        """Whether both name one process, whatever it had taken over."""
+        mine, theirs = (msgspec.structs.replace(c, takeovers=0) for c in (self, other))
+        return mine == theirs
 
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True):
@@ -217,6 +225,16 @@ class Remediation(msgspec.Struct, frozen=True, kw_only=True):
     alerts: tuple[Alert, ...] = ()
 
 
+# A block of PEM; a key or token in base64, which is longer than any digest.
+_SECRET = re.compile(r"-----BEGIN .*?(?:-----END [^-]*-----|\Z)|[A-Za-z0-9+/=]{65,}", re.DOTALL)
+
+
+def in_words(error: BaseException) -> str:
+    """An error for the record, without what may be a secret: anything may stand in its text."""
+    text = _SECRET.sub("(left out)", str(error))
+    return f"{type(error).__name__}: {text[:1000]}"
+
+
 class StepHandle:
     """Given to the body of a step, to say how it came out and to keep what an undo needs."""
 
@@ -242,7 +260,7 @@ class Steps:
         self._now = now
         self.earlier = tuple(earlier)
         """Steps of a previous owner that died while it ran, oldest first."""
-        self._count = len(self.earlier)
+        self._numbers = count(len(self.earlier))
 
     def unfailing(self) -> "Steps":
         """The same log for a way back, which is gone to its end whether it's recorded or not."""
@@ -254,31 +272,37 @@ class Steps:
                 log.exception("a step can't be recorded", step=step.name, ok=step.ok)
 
         same = Steps(record, self._now, self.earlier)
-        same._count = self._count
+        same._numbers = self._numbers  # no step of either takes the place of one of the other
         return same
 
     @asynccontextmanager
     async def step(self, name: str, message: str, **data: Any) -> AsyncIterator[StepHandle]:
-        """Record the step, run the body, record how it ended; an exception passes on."""
-        index, self._count = self._count, self._count + 1
+        """Record the step, run the body, record how it ended.
+
+        What the body raises passes on, whether that can be recorded or not: a cancellation or a
+        fix's own words are not to be lost to a full disk.
+        """
+        index = next(self._numbers)
         handle = StepHandle()
         handle.data = dict(data)
         begun = Step(name=name, message=message, started_at=self._now(), data=dict(data))
         await self._record(index, begun)
-        ok = False
+
+        def ended(*, ok: bool) -> Step:
+            return msgspec.structs.replace(
+                begun, ended_at=self._now(), ok=ok, result=handle.result, data=handle.data
+            )
+
         try:
             yield handle
-            ok = True
         except BaseException as error:
-            handle.result = handle.result or f"{type(error).__name__}: {error}"
+            handle.result = handle.result or in_words(error)
+            try:
+                await self._record(index, ended(ok=False))
+            except Exception:
+                log.exception("how a step failed can't be recorded", step=name)
             raise
-        finally:
-            await self._record(
-                index,
-                msgspec.structs.replace(
-                    begun, ended_at=self._now(), ok=ok, result=handle.result, data=handle.data
-                ),
-            )
+        await self._record(index, ended(ok=True))
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

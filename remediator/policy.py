@@ -28,6 +28,8 @@ REFUSALS = (
     "FixOff",
     "OwnerDied",
     "Locked",
+    "ByHand",
+    "Interrupted",
 )
 """Every reason for which the engine itself skips, beside those of a fix's own check."""
 
@@ -112,11 +114,19 @@ def _opted_out(opt_out: OptOut, target: Target) -> str:
 
 def _cooldown(target: Target, condition: Condition, facts: Facts) -> Decision | None:
     rest = float(facts.policy.cooldown)
+    if not rest:
+        return None
     for act in facts.acts:
         same = act.target == target
         kin = bool(condition.workload) and act.workload == condition.workload
-        if not (same or kin) or not act.phase.terminal:
+        if not (same or kin):
             continue
+        if not act.phase.terminal:  # of another target: two of one are never active
+            return _refuse(
+                "Cooldown",
+                f"The fix is acting on its workload {condition.workload} now ({act.id}, "
+                f"{act.phase}); its cooldown of {_span(rest)} begins when that has ended.",
+            )
         elapsed = act.at.elapsed(facts.now)
         if elapsed < rest:
             until = _wall(facts.now) + timedelta(seconds=rest - elapsed)
@@ -163,8 +173,8 @@ def _wait(remediation: Remediation, facts: Facts) -> Decision | None:
 
 
 def expired(remediation: Remediation, now: datetime) -> Decision | None:
-    """Give up what has waited too long."""
-    if remediation.expires_at is None or now < remediation.expires_at:
+    """Give up what has waited too long; what a person approved in time only waits for a window."""
+    if remediation.approved_by or remediation.expires_at is None or now < remediation.expires_at:
         return None
     waited = now - remediation.created_at
     return _refuse(

@@ -49,7 +49,7 @@ class Scheduler:
             self._fill(loop.time())
             try:
                 for fix in self._tasks:
-                    await self._start_due(fix)
+                    await self._start_due_of(fix)
                 if loop.time() >= prune_at:
                     prune_at = loop.time() + _PRUNE_EVERY
                     await self._prune()
@@ -75,19 +75,33 @@ class Scheduler:
             self._tokens[fix] = min(_BURST, tokens + more)
 
     async def stop(self, grace: float) -> int:
-        """Take up nothing more; wait `grace` seconds for what runs; how many still run then.
+        """Begin nothing more; wait `grace` seconds for what acts; how many are left then.
 
         Those are not cancelled: a half-done rotation that is undone in haste is worse off than one
-        that the next start resumes from its steps.
+        that the next start resumes from its steps. What only looks, or waits for its turn, is.
         """
         self._stopping = True
+        acting = self._worker.stop()
         self.wake()
-        running = [task for tasks in self._tasks.values() for task in tasks.values()]
-        if not running:
+        tasks = [task for tasks in self._tasks.values() for task in tasks.values()]
+        for task in tasks:
+            if task.get_name() not in acting:
+                task.cancel()
+        if not tasks:
             return 0
-        log.info("waits for what is under way", count=len(running), seconds=grace)
-        _, left = await asyncio.wait(running, timeout=grace)
+        if acting:
+            log.info("waits for what is under way", count=len(acting), seconds=grace)
+        _, left = await asyncio.wait(tasks, timeout=grace)
         return len(left)
+
+    async def _start_due_of(self, fix: str) -> None:
+        """What goes wrong with one fix keeps none of the others waiting."""
+        try:
+            await self._start_due(fix)
+        except JournalError:
+            raise
+        except Exception:
+            log.exception("unexpected error", fix=fix)
 
     async def _start_due(self, fix: str) -> None:
         tasks = self._tasks[fix]
@@ -111,7 +125,12 @@ class Scheduler:
             self.wake()
 
     async def _prune(self) -> None:
-        bounds = self._config().journal
-        done = await self._journal.prune(max_age=bounds.max_age, max_records=bounds.max_records)
+        config = self._config()
+        bounds, rules = config.journal, config.fixes.values()
+        done = await self._journal.prune(
+            max_age=bounds.max_age,
+            max_records=bounds.max_records,
+            horizon=max((max(r.cooldown, r.window) for r in rules), default=0.0),
+        )
         if done:
             log.info("dropped old records", count=done)

@@ -83,8 +83,8 @@ def status_page(
         [
             _text(name),
             "dry-run (whole daemon)" if dry_run else policy.mode.value,
-            f'<span class="Failed">paused</span>: {_text(pauses[name].why)}'
-            if name in pauses
+            f'<span class="Failed">paused</span> by {_text(f"{pause.by}: {pause.why}")}'
+            if (pause := pauses.get(name))
             else "no",
             _text(_time(counts.last.get((name, Phase.SUCCEEDED)))),
             _text(_time(counts.last.get((name, Phase.FAILED)))),

@@ -46,6 +46,11 @@ class Turns:
             async with self._freed:
                 self._freed.notify_all()
 
+    async def look_again(self) -> None:
+        """There may be more slots than there were."""
+        async with self._freed:
+            self._freed.notify_all()
+
     @asynccontextmanager
     async def lock(self, fix: str, target: Target, *, waits: bool) -> AsyncIterator[str]:
         """The host's lock. Yields '', or where it doesn't wait why it isn't held.

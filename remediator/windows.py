@@ -57,11 +57,23 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             day = (local + timedelta(days=ahead)).date()
             if _DAYS[day.weekday()] not in self.days:
                 continue
-            opens = datetime.combine(day, time_of_day(hour, minute), place).astimezone(UTC)
-            if opens > moment and self.contains(opens):
-                return opens
+            for fold in (0, 1):  # an hour that comes twice has two openings
+                at = datetime.combine(day, time_of_day(hour, minute, fold=fold), place)
+                opens = at.astimezone(UTC)
+                if opens.astimezone(place).time() != at.time():
+                    # Skipped by daylight saving: what is left of the window opens after it.
+                    opens = self._after_the_gap(opens)
+                if opens > moment and self.contains(opens):
+                    return opens
         # Only where daylight saving skips every opening of the week: look again tomorrow.
         return moment + timedelta(days=1)
+
+    def _after_the_gap(self, moment: datetime) -> datetime:
+        """The first minute of what is open around `moment`; `moment` where it isn't."""
+        for minutes in range(1, 181):
+            if not self.contains(moment - timedelta(minutes=minutes)):
+                return moment - timedelta(minutes=minutes - 1)
+        return moment
 
 
 def open_at(windows: Sequence[Window], moment: datetime) -> bool:

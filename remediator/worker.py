@@ -8,7 +8,7 @@ otherwise it's made again.
 import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 from structlog.contextvars import bound_contextvars
@@ -45,6 +45,7 @@ log = get_logger("remediator.worker")
 
 FRESH = 5.0  # seconds a check is good for
 _ERROR_RETRY = 5.0  # seconds
+MOST_TAKEOVERS = 3  # what was left by a dead process once more may be what kills it
 
 FAILURES = (
     "StillBroken",
@@ -52,6 +53,7 @@ FAILURES = (
     "DeadlineExceeded",
     "Interrupted",
     "OwnerDied",
+    "DiedRepeatedly",
     "CheckFailed",
     "JournalUnavailable",
     "InternalError",
@@ -64,6 +66,14 @@ class Events(Protocol):
 
     def ended(self, remediation: Remediation) -> None:
         """It is durable in a terminal phase."""
+
+
+class Seen(NamedTuple):
+    """What a fix found, when on the boot clock, and which it was: a reload may bring another."""
+
+    condition: Condition
+    at: float
+    fix: Fix
 
 
 class Worker:
@@ -93,6 +103,16 @@ class Worker:
         self._procfs = procfs
         self._deciding = {name: asyncio.Lock() for name in fixes}
         self._acting: set[str] = set()
+        self._stopping = False
+
+    def stop(self) -> frozenset[str]:
+        """Begin nothing more; the ids of what acts."""
+        self._stopping = True
+        return frozenset(self._acting)
+
+    async def reconfigured(self) -> None:
+        """The configuration is another: there may be more slots."""
+        await self._turns.look_again()
 
     async def handle(self, remediation: Remediation) -> None:
         """Carry one active remediation as far as it goes now; never raises but on cancellation."""
@@ -127,20 +147,20 @@ class Worker:
 
     def _owner_alive(self, remediation: Remediation) -> bool:
         """Whether somebody carries it out: a claim of this process's own needs a task here too."""
-        if remediation.claim == self._claim:
-            return remediation.id in self._acting
         claim = remediation.claim
+        if claim is not None and claim.same_process(self._claim):
+            return remediation.id in self._acting
         return claim is not None and owner_alive(claim, self._clock.boot_id, self._procfs)
 
-    async def _admit(self, remediation: Remediation) -> tuple[Remediation, Condition, float] | None:
+    async def _admit(self, remediation: Remediation) -> tuple[Remediation, Seen] | None:
         """Check and decide; None where it goes no further now."""
         if decision := policy.expired(remediation, self._clock.now()):
             await self._end(remediation, Phase.SKIPPED, decision.reason, decision.message)
             return None
-        looked = await self._look(remediation)
-        if looked is None:
+        seen = await self._look(remediation)
+        if seen is None:
             return None
-        condition, at = looked
+        condition = seen.condition
         if not condition.broken:  # the common end of a stale alert, without reading more
             await self._end(remediation, Phase.SKIPPED, condition.reason, condition.message)
             return None
@@ -151,10 +171,10 @@ class Worker:
             )
             if decision.verdict is Verdict.ADMIT:
                 if remediation.phase is Phase.PENDING:
-                    await self._journal.admit(remediation.id, decision)
+                    await self._journal.admit(remediation.id, decision, condition.workload)
                     log.info("admitted", reason=decision.reason, message=decision.message)
                     remediation = msgspec.structs.replace(remediation, phase=Phase.ADMITTED)
-                return remediation, condition, at
+                return remediation, seen
         await self._deny(remediation, decision, facts)
         return None
 
@@ -184,34 +204,32 @@ class Worker:
                 log.error("paused", by=by, why=decision.message)
         await self._end(remediation, Phase.SKIPPED, decision.reason, decision.message)
 
-    async def _look(self, remediation: Remediation) -> tuple[Condition, float] | None:
+    async def _look(self, remediation: Remediation) -> Seen | None:
         """What forbids a look, then the look itself; None where that ended the remediation."""
         facts = await self._facts(remediation, acts=False)
         if decision := policy.before_check(remediation, facts):
             await self._end(remediation, Phase.SKIPPED, decision.reason, decision.message)
             return None
         fix = self.fixes[remediation.fix]
+        bound = asyncio.timeout(CHECK_DEADLINE)
         try:
-            async with asyncio.timeout(CHECK_DEADLINE):
+            async with bound:
                 condition = await fix.check(remediation.target)
         except CheckError as error:
             await self._end(remediation, Phase.SKIPPED, "CheckFailed", str(error))
             return None
-        except TimeoutError:
-            message = f"The check did not end within {CHECK_DEADLINE:.0f} s; nothing was done."
-            await self._end(remediation, Phase.SKIPPED, "CheckFailed", message)
-            return None
         except Exception as error:
-            log.exception("the check failed unexpectedly")
-            message = f"The check failed unexpectedly ({type(error).__name__}); nothing was done."
+            message = f"The check did not end within {CHECK_DEADLINE:.0f} s; nothing was done."
+            if not (isinstance(error, TimeoutError) and bound.expired()):
+                log.exception("the check failed unexpectedly")
+                name = type(error).__name__
+                message = f"The check failed unexpectedly ({name}); nothing was done."
             await self._end(remediation, Phase.SKIPPED, "CheckFailed", message)
             return None
-        return condition, self._clock.boottime()
+        return Seen(condition, self._clock.boottime(), fix)
 
-    async def execute(
-        self, remediation: Remediation, condition: Condition | None = None, at: float = 0.0
-    ) -> None:
-        """Claim and act on an Admitted one. `at`: when `condition` was seen, on the boot clock."""
+    async def execute(self, remediation: Remediation, seen: Seen | None = None) -> None:
+        """Claim and act on an Admitted one."""
         async with (
             self._turns.slot(remediation.fix),
             self._turns.lock(
@@ -221,17 +239,22 @@ class Worker:
             if locked_by:
                 await self._end(remediation, Phase.SKIPPED, "Locked", locked_by)
                 return
-            if condition is None or self._clock.boottime() - at > FRESH:
+            if seen is None or self._clock.boottime() - seen.at > FRESH:
                 again = await self._admit(remediation)
                 if again is None:
                     return
-                _, condition, _ = again
+                _, seen = again
             else:
+                # Paused, reloaded, or past its window a moment ago. That it counts as one of the
+                # acts that are allowed was decided, and stands.
                 facts = await self._facts(remediation, acts=False)
-                if decision := policy.before_check(remediation, facts):  # paused a moment ago
-                    await self._end(remediation, Phase.SKIPPED, decision.reason, decision.message)
+                decision = policy.before_check(remediation, facts) or policy.after_check(
+                    remediation, seen.condition, facts
+                )
+                if decision.verdict is not Verdict.ADMIT:
+                    await self._deny(remediation, decision, facts)
                     return
-            await self._claim_and_act(remediation, condition, None)
+            await self._claim_and_act(remediation, seen.fix, seen.condition, None)
 
     async def _take_over(self, remediation: Remediation, previous: Claim) -> None:
         """Its owner is dead: what it began is resumed or ended in words, never blindly repeated.
@@ -247,7 +270,10 @@ class Worker:
             if found is None or found.phase.terminal or found.claim != previous:
                 return
             died = f"Its executor (pid {previous.pid}) died"
-            condition = found.condition
+            fix, condition = self.fixes[found.fix], found.condition
+            if previous.takeovers >= MOST_TAKEOVERS:
+                await self._end(found, Phase.FAILED, "DiedRepeatedly", _died_often(found, previous))
+                return
             if found.steps:
                 mode = self._config().fixes[found.fix].mode
                 if self._dry_run or mode in (Mode.OFF, Mode.DRY_RUN):
@@ -265,25 +291,35 @@ class Worker:
                 again = await self._admit(found)
                 if again is None:
                     return
-                _, condition, _ = again
+                _, (condition, _, fix) = again
             log.warning("taken over", why=died, steps=len(found.steps))
-            await self._claim_and_act(found, condition, previous)
+            await self._claim_and_act(found, fix, condition, previous)
 
     async def _claim_and_act(
-        self, remediation: Remediation, condition: Condition | None, previous: Claim | None
+        self,
+        remediation: Remediation,
+        fix: Fix,
+        condition: Condition | None,
+        previous: Claim | None,
     ) -> None:
         """Apply, or resume where there are earlier steps; verify; record."""
+        if self._stopping:  # its turn came too late: the next start takes it up
+            return
         self._acting.add(remediation.id)
         try:
-            mine = await self._journal.claim(remediation.id, self._claim, condition, previous)
+            claim = self._claim
+            if previous is not None:
+                claim = msgspec.structs.replace(claim, takeovers=previous.takeovers + 1)
+            mine = await self._journal.claim(remediation.id, claim, condition, previous)
             log.info("running", message=condition.message if condition else "")
-            await self._act(mine, condition)
+            await self._act(mine, claim, fix, condition)
         finally:
             self._acting.discard(remediation.id)
 
-    async def _act(self, remediation: Remediation, condition: Condition | None) -> None:
-        fix = self.fixes[remediation.fix]
-        record = recorder(self._journal, remediation.id, self._claim)
+    async def _act(
+        self, remediation: Remediation, claim: Claim, fix: Fix, condition: Condition | None
+    ) -> None:
+        record = recorder(self._journal, remediation.id, claim)
         steps = Steps(record, self._clock.now, remediation.steps)
         try:
             outcome = await carry_out(fix, remediation.target, condition, steps)
@@ -301,9 +337,6 @@ class Worker:
         delay = 0.5
         while True:
             try:
-                found = await self._journal.get(remediation.id)
-                if found is None or found.claim != self._claim:
-                    raise ConflictError(f"{remediation.id} is no longer this process's to end")
                 await self._end(remediation, outcome.phase, outcome.reason, outcome.message)
             except JournalError as error:
                 log.error("how it ended can't be recorded yet", why=str(error))
@@ -323,7 +356,9 @@ class Worker:
                 why=why,
                 reason="PreviousFailed",
             )
-        ended = await self._journal.finish(remediation.id, phase, reason, message, pause=pause)
+        ended = await self._journal.finish(
+            remediation.id, phase, reason, message, claim=remediation.claim, pause=pause
+        )
         level = log.warning if phase is Phase.FAILED else log.info
         merged = {} if ended.id == remediation.id else {"counted_in": ended.id}
         level("ended", phase=phase.value, reason=reason, message=message, **merged)
@@ -351,3 +386,11 @@ class Worker:
             pause=pauses.get(remediation.fix),
             acts=[act for act in history if act.id != remediation.id],
         )
+
+
+def _died_often(found: Remediation, previous: Claim) -> str:
+    step = f"in step {found.steps[-1].name!r}" if found.steps else "before the first step"
+    return (
+        f"Its process died {previous.takeovers + 1} times, the last time {step}, so it is not "
+        "taken up once more: look at the target, and at the daemon's log for what ends it."
+    )

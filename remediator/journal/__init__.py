@@ -60,10 +60,13 @@ class Instant(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since boot."""
 
     def elapsed(self, now: "Instant") -> float:
-        """Seconds from here to `now`: on the boot clock within one boot, else on the wall clock."""
+        """Seconds from here to `now`: on the boot clock within one boot, else on the wall clock.
+
+        What was before this boot is at least as old as the boot, whatever the wall clock said.
+        """
         if self.boot_id == now.boot_id:
             return max(0.0, now.boottime - self.boottime)
-        return max(0.0, now.wall - self.wall)
+        return max(now.boottime, now.wall - self.wall)
 
 
 class Act(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,11 +117,18 @@ class Journal(Protocol):
         """
 
     async def begin(
-        self, fix: str, target: Target, remediation_id: str, by: str, claim: Claim
+        self,
+        fix: str,
+        target: Target,
+        remediation_id: str,
+        by: str,
+        claim: Claim,
+        *,
+        instead: bool = False,
     ) -> Remediation:
         """Make an Admitted remediation asked for by hand, claimed by the process that runs it.
 
-        `ConflictError` where one is active.
+        `ConflictError` where one is active. instead: one that only waits gives its place to it.
         """
 
     async def get(self, remediation_id: str) -> Remediation | None:
@@ -135,13 +145,19 @@ class Journal(Protocol):
         """Newest first, without steps, alerts, condition. `target`: a part of the target's key."""
 
     async def due(self, fix: str, limit: int) -> list[Remediation]:
-        """Oldest first: what is Pending and due, Admitted, or Running, with steps.
+        """What is Running, Admitted, or Pending and due, in this order, oldest first, with steps.
+
+        What waits only to be looked at again, for approval or a window, comes after what is new or
+        was approved.
 
         What is due later than LONGEST_WAIT from now is due too: the clock was set back meanwhile.
         """
 
     async def acts(self, fix: str, horizon: float) -> list[Act]:
-        """Newest first: what is Admitted, Running, or acted within `horizon` seconds and more."""
+        """Newest first: what is Admitted, Running, or acted within `horizon` seconds.
+
+        As `Instant.elapsed` counts them: no step of the wall clock hides an act.
+        """
 
     async def wait(
         self, remediation_id: str, decision: Decision, *, due_in: float, expires_in: float
@@ -151,13 +167,17 @@ class Journal(Protocol):
         due_in: LONGEST_WAIT or less, and expires_in, in seconds.
         """
 
-    async def admit(self, remediation_id: str, decision: Decision) -> None:
-        """Pending -> Admitted."""
+    async def admit(self, remediation_id: str, decision: Decision, workload: str = "") -> None:
+        """Pending -> Admitted, to act on that workload."""
 
     async def claim(
         self, remediation_id: str, claim: Claim, condition: Condition | None, previous: Claim | None
     ) -> Remediation:
-        """Admitted -> Running, or take over from `previous` whose owner is dead; with its steps."""
+        """Admitted -> Running, or take over from `previous` whose owner is dead; with its steps.
+
+        `ConflictError` where the fix was paused before it began, but by the storm breaker or where
+        it was asked for by hand.
+        """
 
     async def record_step(self, remediation_id: str, claim: Claim, index: int, step: Step) -> None:
         """Write one step of a Running remediation; `ConflictError` where another claimed it."""
@@ -169,15 +189,21 @@ class Journal(Protocol):
         reason: str,
         message: str,
         *,
+        claim: Claim | None = None,
         pause: Pause | None = None,
     ) -> Remediation:
         """End it. The same refusal of the same target as last time updates that record instead.
 
+        claim: the claim on it as its caller knows it, None where there was none; `ConflictError`
+        where that is another by now.
         pause: what its end pauses, durable with it or not at all; a pause that is there stays.
         """
 
     async def approve(self, remediation_id: str, by: str) -> Remediation:
-        """Let a Pending one act without waiting for approval any more."""
+        """Let a Pending one act without waiting for approval any more.
+
+        `ConflictError` where it's too late for that.
+        """
 
     async def pause(self, fix: str, by: str, why: str, reason: str = "Paused") -> bool:
         """Stop a fix from acting; False where it is paused already, which stays as it is."""
@@ -191,8 +217,11 @@ class Journal(Protocol):
     async def counts(self) -> Counts:
         """What the metrics show."""
 
-    async def prune(self, *, max_age: float, max_records: int) -> int:
-        """Drop ended ones older than `max_age` seconds or in excess; how many were dropped."""
+    async def prune(self, *, max_age: float, max_records: int, horizon: float = 0.0) -> int:
+        """Drop ended ones older than `max_age` seconds or in excess; how many were dropped.
+
+        What acted within `horizon` seconds stays, as `acts` counts them.
+        """
 
     async def aclose(self) -> None:
         """Finish what was handed in and let go of the store."""

@@ -7,18 +7,29 @@ are kept.
 # ruff: noqa: S608 - what is put into SQL text are constants of these modules, never values
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from remediator.journal import ConflictError, rows
-from remediator.model import Phase, Remediation
+from remediator.model import Claim, Phase, Remediation
+
+# What the storm breaker lets pass was admitted as one of the acts that are allowed.
+NOT_PAUSED = (
+    "(origin = 'hand' OR NOT EXISTS (SELECT 1 FROM pauses "
+    "WHERE pauses.fix = remediations.fix AND pauses.reason <> 'StormBreaker'))"
+)
 
 
-def merge_refusal(
-    connection: sqlite3.Connection, remediation_id: str, reason: str, message: str, now: float
+def merge_refusal(  # noqa: PLR0917 - in the order of `finish`
+    connection: sqlite3.Connection,
+    remediation_id: str,
+    claim: Claim | None,
+    reason: str,
+    message: str,
+    now: float,
 ) -> Remediation | None:
     """Fold a repeated refusal into the record of the last one; None where there is none."""
     mine = one(connection, remediation_id)
-    if mine.phase.terminal or mine.started_at is not None:
+    if mine.phase.terminal or mine.started_at is not None or mine.claim != claim:
         return None
     earlier = connection.execute(
         "SELECT id, phase, reason FROM remediations WHERE fix = ? AND target = ? AND seq < "
@@ -29,8 +40,9 @@ def merge_refusal(
         return None
     connection.execute("DELETE FROM remediations WHERE id = ?", (remediation_id,))
     connection.execute(
-        "UPDATE remediations SET count = count + ?, last_seen_at = ?, message = ? WHERE id = ?",
-        (mine.count, now, message, earlier["id"]),
+        "UPDATE remediations SET count = count + ?, last_seen_at = ?, ended_at = ?, message = ? "
+        "WHERE id = ?",
+        (mine.count, now, now, message, earlier["id"]),
     )
     return one(connection, earlier["id"])
 
@@ -73,7 +85,22 @@ def change(  # noqa: PLR0917 - in the order of the statement it makes
     if done.rowcount != 1:
         found = one(connection, remediation_id)
         approved = f", approved by {found.approved_by}" if found.approved_by else ""
-        raise ConflictError(f"{remediation_id} is {found.phase} ({found.reason}){approved}")
+        expires = ""
+        if found.expires_at is not None and not found.phase.terminal:
+            expires = f", expires {found.expires_at:%Y-%m-%d %H:%M:%S} UTC"
+        claimed = f", claimed by process {found.claim.pid}" if found.claim else ""
+        raise ConflictError(
+            f"{remediation_id} is {found.phase} ({found.reason}){approved}{expires}{claimed}"
+        )
+
+
+def give_way(connection: sqlite3.Connection, remediation_id: str, why: str, now: float) -> None:
+    """End one that waits because a person doesn't."""
+    connection.execute(
+        "UPDATE remediations SET phase = 'Skipped', reason = 'ByHand', message = ?, ended_at = ?, "
+        "due_at = NULL WHERE id = ? AND phase = 'Pending'",
+        (f"{rows.text(why)}, which took its place.", now, remediation_id),
+    )
 
 
 def resume(connection: sqlite3.Connection, fix: str, by: str, now: float) -> bool:
@@ -92,20 +119,29 @@ def resume(connection: sqlite3.Connection, fix: str, by: str, now: float) -> boo
     return True
 
 
-def prune(connection: sqlite3.Connection, before: float, max_records: int) -> int:
-    """Drop some of what is older than `before` (seconds since 1970) or in excess; how many."""
+def prune(
+    connection: sqlite3.Connection,
+    before: float,
+    max_records: int,
+    since: Mapping[str, str | float],
+) -> int:
+    """Drop some of what is older than `before` (seconds since 1970) or in excess; how many.
+
+    What acted `since` (see `rows.since`) is what cooldowns and storm limits are counted from.
+    """
+    lately = f"({rows.ACTED} AND (({rows.THIS_BOOT}) OR ({rows.EARLIER_BOOT})))"
     done = connection.execute(
         "DELETE FROM remediations WHERE seq IN (SELECT seq FROM remediations "
-        "WHERE ended_at < ? AND last_seen_at < ? LIMIT 500)",
-        (before, before),
+        f"WHERE ended_at < :before AND last_seen_at < :before AND NOT {lately} LIMIT 500)",
+        {"before": before, **since},
     ).rowcount
     ended = connection.execute(
         "SELECT count(*) FROM remediations WHERE ended_at IS NOT NULL"
     ).fetchone()[0]
-    # Refusals go first: what acted is what cooldowns and storm limits are counted from.
     done += connection.execute(
         "DELETE FROM remediations WHERE seq IN (SELECT seq FROM remediations "
-        "WHERE ended_at IS NOT NULL ORDER BY phase <> 'Skipped', seq LIMIT ?)",
-        (min(500, max(0, ended - max_records)),),
+        f"WHERE ended_at IS NOT NULL AND NOT {lately} "
+        "ORDER BY phase <> 'Skipped', seq LIMIT :excess)",
+        {"excess": min(500, max(0, ended - max_records)), **since},
     ).rowcount
     return done

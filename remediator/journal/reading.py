@@ -2,16 +2,17 @@
 
 # ruff: noqa: S608 - what is put into SQL text are constants of these modules, never values
 
+import json
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from remediator.journal import LONGEST_WAIT, Act, Counts, JournalError, Pause, rows
-from remediator.journal.schema import ACTIVE
+from remediator.journal.schema import ACTIVE, APPLICATION_ID, VERSION
 from remediator.journal.writer import sentence
-from remediator.model import Phase, Remediation
+from remediator.model import Phase, Remediation, Request
 
 T = TypeVar("T")
 
@@ -52,6 +53,11 @@ class Reader:
             )
             self._connection.row_factory = sqlite3.Row
             self._inode = inode
+            owner = self._connection.execute("PRAGMA application_id").fetchone()[0]
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if (owner, version) not in ((APPLICATION_ID, VERSION), (0, 0)):  # (0, 0): not made yet
+                self._close()
+                raise JournalError(f"{self._path} is not a journal of this version of Upkeep")
         return self._connection
 
     def _close(self) -> None:
@@ -100,24 +106,50 @@ def due(connection: sqlite3.Connection, fix: str, limit: int, now: float) -> lis
     """See `Journal.due`. now: seconds since 1970."""
     found = connection.execute(
         f"SELECT {rows.COLUMNS} FROM remediations WHERE fix = ? AND {ACTIVE} "
-        "AND (due_at IS NULL OR due_at <= ? OR due_at > ? OR expires_at <= ?) "
-        "ORDER BY phase = 'Running' DESC, phase = 'Admitted' DESC, seq LIMIT ?",
+        "AND (due_at IS NULL OR due_at <= ? OR due_at > ? "
+        "OR (expires_at <= ? AND approved_by = '')) "
+        "ORDER BY phase = 'Running' DESC, phase = 'Admitted' DESC, due_at IS NOT NULL, seq LIMIT ?",
         (fix, now, now + LONGEST_WAIT, now, limit),
     ).fetchall()
     return [rows.remediation(row, rows.steps_of(connection, row["id"])) for row in found]
 
 
-def acts(connection: sqlite3.Connection, fix: str, since: float) -> list[Act]:
-    """Newest first: what is admitted, runs, or acted since (seconds since 1970)."""
+def acts(connection: sqlite3.Connection, fix: str, since: Mapping[str, str | float]) -> list[Act]:
+    """Newest first: what is admitted, runs, or acted since (see `rows.since`)."""
     resumed = connection.execute("SELECT seq FROM resumed WHERE fix = ?", (fix,)).fetchone()
     found = connection.execute(
-        f"SELECT {rows.ACT_COLUMNS} FROM remediations WHERE fix = ? AND "
-        "((phase IN ('Admitted', 'Running') AND admitted_json IS NOT NULL) OR "
-        "(phase IN ('Succeeded', 'Failed') AND ended_at >= ? AND started_at IS NOT NULL)) "
-        "ORDER BY seq DESC LIMIT 10000",
-        (fix, since),
+        " UNION ALL ".join(
+            f"SELECT {rows.ACT_COLUMNS} FROM remediations WHERE fix = :fix AND {which}"
+            for which in (
+                "phase IN ('Admitted', 'Running') AND admitted_json IS NOT NULL",
+                f"{rows.ACTED} AND {rows.THIS_BOOT}",
+                f"{rows.ACTED} AND {rows.EARLIER_BOOT}",
+            )
+        )
+        + " ORDER BY seq DESC LIMIT 10000",
+        {"fix": fix, **since},
     )
     return [rows.act(row, resumed["seq"] if resumed else 0) for row in found]
+
+
+def beginnings(connection: sqlite3.Connection, requests: Sequence[Request]) -> int:
+    """How many new remediations the requests would make."""
+    targets = {(request.fix, request.target.key) for request in requests if request.firing}
+    found = connection.execute(
+        "SELECT count(*) FROM json_each(?) AS wanted WHERE NOT EXISTS (SELECT 1 FROM remediations "
+        f"WHERE fix = wanted.value ->> 0 AND target = wanted.value ->> 1 AND {ACTIVE})",
+        (json.dumps(sorted(targets)),),
+    ).fetchone()
+    return int(found[0])
+
+
+def size(connection: sqlite3.Connection) -> int:
+    """Bytes in use; pages that were freed are used again."""
+    found = connection.execute(
+        "SELECT (page_count - freelist_count) * page_size "
+        "FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
+    ).fetchone()
+    return int(found[0])
 
 
 def pauses(connection: sqlite3.Connection) -> list[Pause]:

@@ -25,6 +25,11 @@ COLUMNS = (
 LIST_COLUMNS = COLUMNS.replace("condition_json", "NULL AS condition_json")
 ACT_COLUMNS = "id, target_json, phase, reason, workload, admitted_json, ended_json, seq"
 
+# What acted, and which of it did so within a horizon, as `Instant.elapsed` counts: see `since`.
+ACTED = "phase IN ('Succeeded', 'Failed') AND started_at IS NOT NULL"
+THIS_BOOT = "ended_json ->> 'boot_id' = :boot_id AND ended_json ->> 'boottime' >= :boottime"
+EARLIER_BOOT = "ended_json ->> 'boot_id' <> :boot_id AND ended_at >= :wall AND :boottime < 0"
+
 _encoder = msgspec.json.Encoder(order="sorted")
 _target = msgspec.json.Decoder(Target)
 _claim = msgspec.json.Decoder(Claim)
@@ -40,7 +45,31 @@ def encode(value: msgspec.Struct) -> str:
 
 def encode_condition(condition: Condition) -> str:
     """Without `detail`, which is the fix's own and may not be JSON."""
-    return encode(msgspec.structs.replace(condition, detail=None))
+    message = text(condition.message)
+    return encode(msgspec.structs.replace(condition, message=message, detail=None))
+
+
+def encode_step(step: Step) -> str:
+    words = {"message": text(step.message), "result": text(step.result)}
+    return encode(msgspec.structs.replace(step, **words))
+
+
+def text(words: str) -> str:
+    """What people read. A file's name in some other encoding must not keep it from being written.
+
+    Identities and what an undo needs are not passed through here: those that can't be written
+    as they are forbid the act.
+    """
+    return words.encode("utf-8", "backslashreplace").decode()
+
+
+def since(now: Instant, horizon: float) -> dict[str, str | float]:
+    """The beginning of the last `horizon` seconds on each clock."""
+    return {
+        "boot_id": now.boot_id,
+        "boottime": now.boottime - horizon,
+        "wall": now.wall - horizon,
+    }
 
 
 def moment(seconds: float | None) -> datetime | None:

@@ -41,6 +41,11 @@ STATEMENTS = (
     "CREATE INDEX by_target ON remediations (fix, target, seq)",
     "CREATE INDEX by_phase ON remediations (fix, phase, seq)",
     "CREATE INDEX by_end ON remediations (fix, phase, ended_at)",
+    # A journal that was made before there was this one is read as well, only slower.
+    """
+    CREATE INDEX by_boot ON remediations (fix, ended_json ->> 'boot_id', ended_json ->> 'boottime')
+    WHERE phase IN ('Succeeded', 'Failed') AND started_at IS NOT NULL
+    """,
     """
     CREATE TRIGGER terminal_stays BEFORE UPDATE OF phase ON remediations
     WHEN OLD.phase IN ('Succeeded', 'Failed', 'Skipped') AND NEW.phase <> OLD.phase

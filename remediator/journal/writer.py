@@ -136,6 +136,7 @@ class Writer:
         for place, entry in enumerate(batch):
             groups.setdefault(entry.work, []).append(place)
         results: list[Any] = [None] * len(batch)
+        at_work: Sequence[int] = range(len(batch))
         try:
             connection = self._open()
             if len(groups) == 1 and (at_once := batch[0].at_once) is not None:
@@ -144,6 +145,7 @@ class Writer:
                     return given
             connection.execute("BEGIN IMMEDIATE")
             for work, places in groups.items():
+                at_work = places
                 given = work(connection, [batch[place].item for place in places])
                 for place, result in zip(places, given, strict=True):
                     results[place] = result
@@ -155,7 +157,8 @@ class Writer:
             return [JournalError(sentence(self.path, error)) for _ in batch]
         except Exception as error:  # noqa: BLE001 - told to the callers, with its traceback
             self._close()
-            return [error for _ in batch]
+            others = JournalError(f"the journal {self.path} could not keep it beside other work")
+            return [error if place in at_work else others for place in range(len(batch))]
         return results
 
     def _answer(self, batch: Sequence[_Entry], results: Sequence[Any]) -> None:

@@ -27,7 +27,7 @@ async def test_its_last_words_are_kept_and_its_status() -> None:
 
 async def test_nothing_of_what_does_not_end_in_time_goes_on(tmp_path: Path) -> None:
     later = tmp_path / "later"
-    with pytest.raises(CommandError, match="did not end within 0.5 s"):
+    with pytest.raises(CommandError, match="did not end within"):
         await run(["/bin/sh", "-c", f"(sleep 1; touch {later}) & sleep 60"], 0.5)
     time.sleep(1.5)
     assert not later.exists()

@@ -17,16 +17,20 @@ from remediator.model import (
     Condition,
     Decision,
     Fix,
+    Outcome,
     Phase,
     Remediation,
     Step,
+    Steps,
     Target,
     Verdict,
 )
+from remediator.windows import Window
 from remediator.worker import Worker
 from tests.engine.mend_file import MendFile, Settings
 from tests.engine.support import NODE, StubClock, request
 
+OTHER = Claim(boot_id="another host", pid=7, start_time=7)
 DEAD = Claim(boot_id="an earlier boot", pid=1, start_time=1)
 ADMIT = Decision(verdict=Verdict.ADMIT, reason="Admitted", message="yes")
 SEEN = Condition(
@@ -63,9 +67,9 @@ class FailingJournal(SqliteJournal):
         self._fail("claim")  # durable, and its caller doesn't know
         return claimed
 
-    async def finish(self, *values: Any, pause: Pause | None = None) -> Remediation:
+    async def finish(self, *values: Any, **more: Any) -> Remediation:
         self._fail("finish")
-        return await super().finish(*values, pause=pause)
+        return await super().finish(*values, **more)
 
     async def pause(self, *values: Any) -> bool:
         self._fail("pause")
@@ -144,6 +148,21 @@ class Bench:
         return self.fix.acts()
 
 
+class Gated(MendFile):
+    """Has acted, and goes on when the test lets it."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench.fix.settings)
+        self.gate = asyncio.Event()
+
+    async def apply(self, target: Target, condition: Condition, steps: Steps) -> Outcome:
+        async with steps.step("mend", f"remove the file of {target.pod}", pod=target.pod):
+            self.act(target)
+            await self.gate.wait()
+            (self.directory / target.pod).unlink()
+        return Outcome(phase=Phase.SUCCEEDED, reason="Mended", message="the file is gone")
+
+
 async def until(what: Callable[[], object], seconds: float = 30.0) -> None:
     """Poll until it's true."""
     ends = time.monotonic() + seconds
@@ -154,3 +173,23 @@ async def until(what: Callable[[], object], seconds: float = 30.0) -> None:
 
 def approval() -> FixPolicy:
     return FixPolicy(mode=Mode.APPROVAL, cooldown=Seconds(0))
+
+
+def annotated(bench: Bench) -> None:
+    (bench.files / "web-1.opt-out").touch()
+
+
+def listed(bench: Bench) -> None:
+    bench.opt_out = OptOut(nodes=(NODE,))
+
+
+def mode(mode: Mode) -> Callable[[Bench], None]:
+    def change(bench: Bench) -> None:
+        bench.policy = FixPolicy(mode=mode, cooldown=Seconds(0))
+
+    return change
+
+
+def window(bench: Bench) -> None:
+    nine = Window(start="09:00", end="10:00")  # it's 03:04
+    bench.policy = FixPolicy(maintenance_windows=(nine,), cooldown=Seconds(0))

@@ -1,7 +1,9 @@
 """What every journal must do. A store's test module inherits this class and gives the fixture."""
 
+import asyncio
 from datetime import timedelta
 
+import msgspec
 import pytest
 
 from remediator.journal import ConflictError, Journal, Pause
@@ -13,6 +15,13 @@ WAIT = Decision(verdict=Verdict.WAIT, reason="NeedsApproval", message="waits")
 MINE = Claim(boot_id="boot-1", pid=100, start_time=5)
 OTHER = Claim(boot_id="boot-1", pid=200, start_time=6)
 SEEN = Condition(broken=True, reason="FileThere", message="there", workload="deployment/a/b")
+
+
+async def acted(journal: Journal) -> None:
+    await journal.accept([request()], "r1")
+    await journal.admit("r1-0", ADMIT)
+    await journal.claim("r1-0", MINE, SEEN, None)
+    await journal.finish("r1-0", Phase.SUCCEEDED, "Mended", "yes", claim=MINE)
 
 
 class JournalContract:
@@ -131,6 +140,45 @@ class JournalContract:
         with pytest.raises(ConflictError):
             await journal.record_step("r1-0", MINE, 1, step)  # the dead one, back from a long sleep
 
+    @pytest.mark.parametrize("claim", [MINE, None], ids=["lost", "never had"])
+    @pytest.mark.parametrize("phase", [Phase.SKIPPED, Phase.FAILED])
+    async def test_e34_who_has_not_the_claim_ends_nothing(
+        self, journal: Journal, claim: Claim | None, phase: Phase
+    ) -> None:
+        await journal.accept([request()], "r0")
+        await journal.finish("r0-0", Phase.SKIPPED, "Cooldown", "an earlier refusal")
+        await journal.accept([request()], "r1")
+        await journal.admit("r1-0", ADMIT)
+        await journal.claim("r1-0", MINE, SEEN, None)
+        await journal.claim("r1-0", OTHER, None, MINE)
+        pause = Pause(fix="mend-file", since=STARTED, by="rule", why="r1", reason="PreviousFailed")
+        with pytest.raises(ConflictError, match="claimed by process 200"):
+            await journal.finish("r1-0", phase, "Cooldown", "no", claim=claim, pause=pause)
+        assert await journal.pauses() == []
+        assert [r.phase for r in await journal.find()] == [Phase.RUNNING, Phase.SKIPPED]
+        done = await journal.finish("r1-0", Phase.SUCCEEDED, "Mended", "yes", claim=OTHER)
+        assert done.phase is Phase.SUCCEEDED
+
+    async def test_a_name_in_some_other_encoding_stands_in_nobodys_way(
+        self, journal: Journal
+    ) -> None:
+        """As Python reads a file's name that isn't UTF-8."""
+        odd = "the file caf\udce9 is there"
+        shown = "the file caf\\udce9 is there"
+        await journal.accept([request()], "r1")
+        await journal.admit("r1-0", msgspec.structs.replace(ADMIT, message=odd))
+        seen = msgspec.structs.replace(SEEN, message=odd)
+        await journal.claim("r1-0", MINE, seen, None)
+        step = Step(name="mend", message=odd, started_at=STARTED, result=odd)
+        await journal.record_step("r1-0", MINE, 0, step)
+        ended, accepted = await asyncio.gather(
+            journal.finish("r1-0", Phase.FAILED, "Refused", odd, claim=MINE),
+            journal.accept([request("web-2")], "r2"),
+        )
+        assert accepted.created == 1
+        assert ended.condition is not None
+        assert [ended.message, ended.condition.message, ended.steps[0].result] == [shown] * 3
+
     async def test_the_same_refusal_is_counted_not_added(
         self, journal: Journal, clock: StubClock
     ) -> None:
@@ -140,7 +188,8 @@ class JournalContract:
             await journal.finish(f"r{number}-0", Phase.SKIPPED, "Cooldown", f"ends at {number}")
         (found,) = await journal.find()
         assert (found.id, found.count, found.message) == ("r0-0", 4, "ends at 3")
-        assert found.last_seen_at == clock.now()
+        assert found.last_seen_at == found.ended_at == clock.now()
+        assert (await journal.counts()).last == {("mend-file", Phase.SKIPPED): clock.now()}
         await journal.accept([request()], "r9")
         await journal.finish("r9-0", Phase.SKIPPED, "Paused", "another rule")
         assert [r.reason for r in await journal.find()] == ["Paused", "Cooldown"]
@@ -160,6 +209,39 @@ class JournalContract:
         clock.pass_time(101)  # the first wait set the expiry, the second didn't move it
         assert len(await journal.due("mend-file", 10)) == 1
 
+    async def test_what_was_approved_is_not_looked_at_all_the_time_once_its_expiry_is_past(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        await journal.accept([request()], "r1")
+        await journal.wait("r1-0", WAIT, due_in=60, expires_in=100)
+        await journal.approve("r1-0", "ada")
+        clock.pass_time(101)
+        await journal.wait("r1-0", WAIT, due_in=60, expires_in=100)
+        assert await journal.due("mend-file", 10) == []
+        clock.pass_time(60)
+        assert len(await journal.due("mend-file", 10)) == 1
+
+    async def test_what_only_waits_is_looked_at_after_what_is_new_or_approved(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        for number in range(4):
+            await journal.accept([request(f"web-{number}")], f"r{number}")
+            if number < 3:
+                await journal.wait(f"r{number}-0", WAIT, due_in=60, expires_in=1000)
+        await journal.approve("r2-0", "ada")
+        clock.pass_time(61)
+        due = await journal.due("mend-file", 10)
+        assert [found.id for found in due] == ["r2-0", "r3-0", "r0-0", "r1-0"]
+
+    async def test_nobody_approves_what_has_expired(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        await journal.accept([request()], "r1")
+        await journal.wait("r1-0", WAIT, due_in=60, expires_in=100)
+        clock.pass_time(100)
+        with pytest.raises(ConflictError, match="expires 2026-01-02 03:05:45 UTC"):
+            await journal.approve("r1-0", "ada")
+
     async def test_pause_and_resume(self, journal: Journal) -> None:
         assert await journal.pause("mend-file", "ada", "looking into it")
         assert not await journal.pause("mend-file", "bob", "me too")
@@ -167,6 +249,21 @@ class JournalContract:
         assert (pause.by, pause.why, pause.reason) == ("ada", "looking into it", "Paused")
         assert await journal.resume("mend-file", "ada")
         assert not await journal.resume("mend-file", "ada")
+
+    async def test_e40_nothing_begins_once_a_pause_is_durable(self, journal: Journal) -> None:
+        await journal.accept([request()], "r1")
+        await journal.admit("r1-0", ADMIT)
+        await journal.pause("mend-file", "ada", "looking into it")
+        with pytest.raises(ConflictError):
+            await journal.claim("r1-0", MINE, SEEN, None)
+        by_hand = await journal.begin(
+            "mend-file", Target(node=NODE, pod="web-2"), "hand-1", "ada", MINE
+        )
+        await journal.claim(by_hand.id, MINE, SEEN, None)
+        await journal.claim(by_hand.id, OTHER, None, MINE)  # what has begun is finished
+        await journal.resume("mend-file", "ada")
+        await journal.pause("mend-file", "the storm breaker", "too many", "StormBreaker")
+        assert (await journal.claim("r1-0", MINE, SEEN, None)).phase is Phase.RUNNING
 
     async def test_an_end_and_the_pause_it_brings_are_one(self, journal: Journal) -> None:
         pause = Pause(fix="mend-file", since=STARTED, by="rule", why="r1", reason="PreviousFailed")
@@ -199,6 +296,22 @@ class JournalContract:
         accepted = await journal.accept([request()], "r1")
         assert (accepted.created, accepted.coalesced) == (0, 1)
 
+    async def test_what_only_waits_gives_way_to_a_person(self, journal: Journal) -> None:
+        """`run` is promised to wait for no approval and no window."""
+        await journal.accept([request()], "r1")
+        await journal.wait("r1-0", WAIT, due_in=60, expires_in=1000)
+        target = request().target
+        with pytest.raises(ConflictError, match="Pending already as r1-0"):
+            await journal.begin("mend-file", target, "hand-1", "ada", MINE)
+        await journal.begin("mend-file", target, "hand-2", "ada", MINE, instead=True)
+        waited = await journal.get("r1-0")
+        assert waited is not None
+        assert (waited.phase, waited.reason) == (Phase.SKIPPED, "ByHand")
+        assert waited.message == "ada asked for it by hand, which took its place."
+        assert (await journal.accept([request()], "r2")).coalesced == 1
+        with pytest.raises(ConflictError, match="Admitted already as hand-2"):
+            await journal.begin("mend-file", target, "hand-3", "bob", OTHER, instead=True)
+
     async def test_an_id_may_be_shortened_while_it_is_unambiguous(self, journal: Journal) -> None:
         await journal.accept([request("web-1"), request("web-2")], "abcdef")
         assert await journal.get("abc") is None
@@ -217,13 +330,50 @@ class JournalContract:
             else:
                 await journal.admit(f"r{number}-0", ADMIT)
                 await journal.claim(f"r{number}-0", MINE, SEEN, None)
-                await journal.finish(f"r{number}-0", Phase.SUCCEEDED, "Mended", "yes")
+                await journal.finish(f"r{number}-0", Phase.SUCCEEDED, "Mended", "yes", claim=MINE)
         await journal.accept([request("web-9")], "r9")
         assert await journal.prune(max_age=3600, max_records=3) == 3
         assert [r.id for r in await journal.find()] == ["r9-0", "r4-0", "r2-0", "r0-0"]
         clock.pass_time(3601)
         assert await journal.prune(max_age=3600, max_records=3) == 3
         assert [r.id for r in await journal.find()] == ["r9-0"]  # active ones stay, however old
+
+    @pytest.mark.parametrize("years", [30, -30])
+    async def test_e36_no_step_of_the_clock_hides_or_drops_what_acted(
+        self, journal: Journal, clock: StubClock, years: int
+    ) -> None:
+        await acted(journal)
+        clock.pass_time(50)
+        clock.step(years * 365 * 86400)
+        assert await journal.prune(max_age=3600, max_records=0, horizon=60) == 0
+        assert [act.id for act in await journal.acts("mend-file", 60)] == ["r1-0"]
+        clock.pass_time(11)
+        assert await journal.acts("mend-file", 60) == []
+        assert await journal.prune(max_age=3600, max_records=0, horizon=60) == 1
+
+    async def test_e36_a_clock_that_is_set_ahead_drops_no_history(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        await acted(journal)
+        await journal.accept([request("web-2")], "r2")
+        await journal.finish("r2-0", Phase.SKIPPED, "Cooldown", "no")
+        clock.step(30 * 365 * 86400)
+        clock.pass_time(3599)
+        assert await journal.prune(max_age=3600, max_records=10) == 0
+        clock.pass_time(2)
+        assert await journal.prune(max_age=3600, max_records=10) == 2
+
+    async def test_e36_what_acted_before_a_reboot_counts_by_the_shorter_clock(
+        self, journal: Journal, clock: StubClock
+    ) -> None:
+        """The wall clock was a year ahead then, and has been put right."""
+        await acted(journal)
+        clock.step(-365 * 86400)
+        clock.boot_id, clock.boot = "boot-2", 20.0
+        assert await journal.prune(max_age=3600, max_records=0, horizon=60) == 0
+        assert [act.id for act in await journal.acts("mend-file", 60)] == ["r1-0"]
+        clock.boot = 61.0
+        assert await journal.acts("mend-file", 60) == []
 
     async def test_counts(self, journal: Journal, clock: StubClock) -> None:
         await journal.accept([request("web-1"), request("web-2")], "r1")

@@ -70,6 +70,31 @@ async def test_e12_a_step_of_the_clock_moves_no_cooldown_in_the_journal(
     assert await bench.end(again) == (Phase.SUCCEEDED, "Mended")
 
 
+async def test_e36_a_clock_that_jumps_by_years_forgets_no_cooldown(bench: Bench) -> None:
+    bench.policy = FixPolicy(cooldown=Seconds(HOUR), max_acts=10)
+    await act_twice(bench)
+    bench.clock.step(10 * 365 * 86400)
+    again = await bench.ask("web-1")
+    await bench.worker().handle(again)
+    assert await bench.end(again) == (Phase.SKIPPED, "Cooldown")
+
+
+async def test_e36_an_act_in_the_future_of_a_clock_since_put_right_does_not_hold_for_ever(
+    bench: Bench,
+) -> None:
+    bench.policy = FixPolicy(cooldown=Seconds(HOUR), max_acts=10)
+    await act_twice(bench)
+    bench.clock.step(-10 * 365 * 86400)
+    bench.clock.boot_id, bench.clock.boot = "the next boot", HOUR - 1
+    again = await bench.ask("web-1")
+    await bench.worker().handle(again)
+    assert await bench.end(again) == (Phase.SKIPPED, "Cooldown")
+    bench.clock.pass_time(1)
+    again = await bench.ask("web-1")
+    await bench.worker().handle(again)
+    assert await bench.end(again) == (Phase.SUCCEEDED, "Mended")
+
+
 @STEPS
 async def test_e12_a_window_follows_the_wall_clock_at_once(bench: Bench, step: float) -> None:
     opens = "04:00" if step > 0 else "02:00"

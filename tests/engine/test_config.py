@@ -11,6 +11,7 @@ from exporter.yaml_source import Source
 from remediator import config
 from remediator.config import ConfigError, Mode, Seconds
 from remediator.fixes import settings_types
+from remediator.matchers import Matcher
 
 FIXES = settings_types()
 
@@ -49,6 +50,13 @@ def test_off_needs_no_quotes() -> None:
     assert parse("fixes: {reap-zombies: {mode: off}}").fixes["reap-zombies"].mode is Mode.OFF
 
 
+def test_a_label_that_is_mapped_is_taken_from_nowhere_else() -> None:
+    """Without it the alert's own `pod`, which is kube-state-metrics', would be the target."""
+    matcher = Matcher(fix="reap-zombies", match=("a=b",), labels={"pod": "kube_pod"})
+    assert matcher.target_labels({"pod": "metrics-1", "kube_pod": "web-1"})["pod"] == "web-1"
+    assert matcher.target_labels({"pod": "metrics-1", "node": "n1"}) == {"pod": "", "node": "n1"}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -77,6 +85,7 @@ def test_off_needs_no_quotes() -> None:
         ("fixes:\n\treap: 1\n", ("r.yml:2", "not YAML")),
         ("- 1\n", ("r.yml:1", "options are wanted")),
         ("journal:\n  max_age: 1h\n", ("r.yml:2", "forget")),
+        ("journal:\n  max_active: 0\n", ("r.yml:2", "max_active")),
         ("fixes: {reap-zombies: {cooldown: true}}\n", ("r.yml:1", "cooldown")),
         ("a: &a [*a]\n", ("r.yml",)),
         ("fixes: !!python/object:os.system {}\n", ("r.yml",)),

@@ -230,7 +230,8 @@ async def test_e13_a_reload_takes_over_webhook_and_journal_too(tmp_path: Path) -
         )
         assert (await daemon.post(b"", {}, "/-/reload"))[0] == 200
         assert (await daemon.post(message(alert("web-2"))))[0] == 401
-        assert (await daemon.post(message(alert("web-1")), bearer))[0] == 503  # no room by now
+        assert (await daemon.post(message(alert("web-2")), bearer))[0] == 503  # no room by now
+        assert (await daemon.post(message(alert("web-1")), bearer))[0] == 200  # it waits already
         assert (await daemon.post(b" " * 3000, bearer))[0] == 413
         configure(webhook={"bearer_token_file": str(tmp_path / "none")})
         status, text = await daemon.post(b"", bearer, "/-/reload")
@@ -296,6 +297,8 @@ async def test_people_approve_pause_and_resume(tmp_path: Path) -> None:
         paused = await asyncio.to_thread(daemon.cli, "pause", "mend-file", "--why=looking")
         assert "paused" in paused.stdout
         assert await daemon.metric("upkeep_remediation_paused", fix="mend-file") == 1
+        by = json.loads(daemon.cli("show", found["id"], "-o", "json").stdout)["approved_by"]
+        assert f"paused</span> by {by}: looking" in (await daemon.get("/"))[1]
         await daemon.post(message(alert("web-2")))
         found = (await daemon.settled(2))[0]
         assert (found["reason"], "looking" in found["message"]) == ("Paused", True)

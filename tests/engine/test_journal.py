@@ -6,6 +6,7 @@ import sqlite3
 import stat
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from remediator.journal import Accepted, ConflictError, JournalError
 from remediator.journal.accepting import Known
 from remediator.journal.sqlite import SqliteJournal
 from remediator.journal.writer import open_journal
-from remediator.model import Phase, Request
-from tests.engine.journal_contract import JournalContract
+from remediator.model import Phase, Request, Step
+from tests.engine.journal_contract import ADMIT, MINE, SEEN, JournalContract
 from tests.engine.support import STARTED, StubClock, request
 
 
@@ -86,6 +87,98 @@ async def test_too_many_waiting_are_refused_until_some_have_ended(
     await journal.aclose()
 
 
+async def test_e38_where_as_many_wait_as_may_what_needs_no_room_is_taken(
+    tmp_path: Path, clock: StubClock
+) -> None:
+    """Alertmanager repeats what waits, and what has resolved is what makes room."""
+    journal = SqliteJournal(tmp_path / "j.db", clock, max_active=3)
+    three = [request(f"web-{n}") for n in range(3)]
+    await journal.accept(three, "r1")
+    another = [request("web-1", fingerprint="another"), request("web-1", fingerprint="third")]
+    journal.bound(max_bytes=None, max_active=2)  # by a reload
+    assert (await journal.accept(three, "r2")).coalesced == 3
+    assert (await journal.accept(another, "r3")).coalesced == 2
+    with pytest.raises(JournalError, match="as many as may"):
+        await journal.accept([*three, request("web-9")], "r4")
+    gone = await journal.accept([request(f"web-{n}", firing=False) for n in (0, 2)], "r5")
+    assert len(gone.cancelled) == 2
+    answers = await asyncio.gather(
+        *(journal.accept([request(f"new-{n}")], f"s{n}") for n in range(5)), return_exceptions=True
+    )
+    assert sum(isinstance(a, Accepted) for a in answers) == 1
+    await journal.aclose()
+
+
+async def test_e39_webhooks_that_fill_the_journal_leave_room_for_what_runs(
+    tmp_path: Path, clock: StubClock
+) -> None:
+    journal = SqliteJournal(tmp_path / "j.db", clock, max_bytes=1)
+    await journal.accept([request("runs"), request("waits")], "r1")
+    await journal.admit("r1-0", ADMIT)
+    await journal.claim("r1-0", MINE, SEEN, None)
+    large = [request(f"web-{n}") for n in range(15_000)]
+    step = Step(name="mend", message="mend it", started_at=STARTED)
+    refused, recorded = await asyncio.gather(
+        journal.accept(large, "large"),
+        journal.record_step("r1-0", MINE, 0, step),
+        return_exceptions=True,
+    )
+    assert isinstance(refused, JournalError)
+    assert "raise journal.max_bytes" in str(refused)
+    assert recorded is None  # in the same commit
+    assert (await journal.accept([large[0]], "small")).created == 1
+    with pytest.raises(JournalError, match=r"raise journal\.max_bytes"):
+        for number in range(1000):
+            await journal.accept(large[number * 15 : number * 15 + 15], f"m{number}")
+    for index in range(50):
+        step = Step(name="mend", message="x" * 10_000, started_at=STARTED)
+        await journal.record_step("r1-0", MINE, index, step)
+    await journal.finish("r1-0", Phase.SUCCEEDED, "Mended", "yes", claim=MINE)
+    with pytest.raises(JournalError, match=r"raise journal\.max_bytes"):
+        await journal.accept([request("runs")], "r2")
+    for found in await journal.find(limit=10_000):
+        if not found.phase.terminal:
+            await journal.finish(found.id, Phase.FAILED, "x", "x")
+    clock.pass_time(1)
+    await journal.prune(max_age=3600, max_records=0)
+    assert (await journal.accept([request("runs")], "r2")).created == 1
+    await journal.aclose()
+
+
+async def test_e39_alerts_that_only_join_leave_that_room_too(
+    tmp_path: Path, clock: StubClock
+) -> None:
+    journal = SqliteJournal(tmp_path / "j.db", clock, max_bytes=1)
+    await journal.accept([request("runs")], "r1")
+    await journal.admit("r1-0", ADMIT)
+    await journal.claim("r1-0", MINE, SEEN, None)
+    joining = [request("runs", fingerprint=f"{n:016x}") for n in range(40_000)]
+    with pytest.raises(JournalError, match=r"raise journal\.max_bytes"):
+        for number in range(100):
+            await journal.accept(joining[number * 400 : number * 400 + 400], f"m{number}")
+    assert (await journal.accept([request("runs")], "repeat")).coalesced == 1  # nothing to write
+    await journal.record_step(
+        "r1-0", MINE, 0, Step(name="mend", message="x" * 500_000, started_at=STARTED)
+    )
+    await journal.aclose()
+
+
+async def test_what_goes_wrong_with_one_piece_of_work_is_no_fault_of_the_others(
+    journal: SqliteJournal,
+) -> None:
+    def broken(_connection: sqlite3.Connection) -> None:
+        raise ZeroDivisionError
+
+    await journal.accept([request()], "r1")
+    answers = await asyncio.gather(
+        journal._writer.run(broken),
+        journal.accept([request("other")], "r2"),
+        return_exceptions=True,
+    )
+    assert [type(answer) for answer in answers] == [ZeroDivisionError, JournalError]
+    assert (await journal.accept([request("other")], "r3")).created == 1
+
+
 async def test_its_size_is_bounded_anew_while_it_is_open(journal: SqliteJournal) -> None:
     await journal.accept([request()], "r1")
     journal.bound(max_bytes=1, max_active=20_000)  # as little as it goes
@@ -115,6 +208,30 @@ async def test_no_thread_to_be_had_is_a_journal_that_cannot_be_used(
         with pytest.raises(JournalError, match="new thread"):
             await journal.find()
     assert len(await journal.find()) == 1
+
+
+async def test_e44_the_threads_of_the_fixes_and_the_journals_are_apart(
+    journal: SqliteJournal,
+) -> None:
+    """A look at a disk that hangs can't be cancelled: it keeps its thread."""
+    await journal.accept([request()], "r1")
+    loop, over = asyncio.get_running_loop(), threading.Event()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    hangs = loop.run_in_executor(None, over.wait, 60)
+    try:
+        assert len(await asyncio.wait_for(journal.find(), 10)) == 1
+    finally:
+        over.set()
+        await hangs
+
+
+async def test_a_folder_that_cannot_be_looked_into_is_a_journal_that_cannot_be_used(
+    clock: StubClock,
+) -> None:
+    journal = SqliteJournal(Path("/tmp") / ("x" * 300) / "j.db", clock)
+    with pytest.raises(JournalError, match="can't be read"):
+        await journal.find()
+    await journal.aclose()
 
 
 async def test_an_alert_known_when_it_came_is_written_if_its_remediation_ended_meanwhile(
@@ -206,6 +323,19 @@ async def test_a_journal_of_something_else_is_refused(tmp_path: Path, clock: Stu
     with pytest.raises(JournalError, match="not a journal of this version"):
         await journal.accept([request()], "r1")
     await journal.aclose()
+
+
+async def test_a_journal_of_a_newer_version_is_not_even_read(
+    journal: SqliteJournal, clock: StubClock
+) -> None:
+    await journal.accept([request()], "r1")
+    connection = sqlite3.connect(journal.path)
+    connection.execute("PRAGMA user_version=99")
+    connection.close()
+    reading = SqliteJournal(journal.path, clock, read_only=True)
+    with pytest.raises(JournalError, match="not a journal of this version"):
+        await reading.find()
+    await reading.aclose()
 
 
 async def test_messages_agree_with_a_plain_model(

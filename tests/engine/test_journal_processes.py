@@ -1,5 +1,6 @@
 """Several processes on one journal file: what one commits, every other one finds."""
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -32,3 +33,29 @@ async def test_e29_a_command_that_ends_takes_no_journal_away_from_the_daemon(
         pods = {found["target"]["pod"] for found in json.loads(listed.stdout)}
         assert pods == {"web-1", "web-2", "after-0", "after-1", "after-2"}
         assert await daemon.metric("upkeep_remediation_paused", fix="mend-file") == 1
+
+
+def test_a_journal_that_may_not_be_looked_at_is_said(tmp_path: Path) -> None:
+    """As by somebody who isn't root; here by a name that no folder can have."""
+    daemon = Daemon(tmp_path)
+    daemon.journal = tmp_path / ("x" * 300) / "remediator.db"
+    listed = daemon.cli("list")
+    assert listed.returncode == 1
+    assert "can't be read" in listed.stderr
+    assert "Traceback" not in listed.stderr
+
+
+async def test_a_second_daemon_on_one_journal_is_refused(tmp_path: Path) -> None:
+    """Each would count its own slots and storms."""
+    async with running(tmp_path) as first:
+        second = Daemon(tmp_path).start()
+        assert second.process is not None
+        assert await asyncio.to_thread(second.process.wait, 30) == 1
+        assert "another daemon works on this journal" in first.log()
+        elsewhere = Daemon(tmp_path)
+        elsewhere.journal = tmp_path / "another" / "remediator.db"
+        await elsewhere.start().ready()
+        elsewhere.stop()
+    again = Daemon(tmp_path).start()  # the first has gone, its file hasn't
+    await again.ready()
+    again.stop()

@@ -125,6 +125,21 @@ def test_cooldown_of_the_target_and_of_its_workload() -> None:
     assert decide(acts=[failed]).reason == "Cooldown"
 
 
+@pytest.mark.parametrize("phase", [Phase.ADMITTED, Phase.RUNNING])
+def test_e37_what_is_under_way_at_the_workload_holds_its_other_pods(phase: Phase) -> None:
+    elsewhere = msgspec.structs.replace(TARGET, pod="web-2")
+    kin = msgspec.structs.replace(BROKEN, workload="deployment/shop/web")
+    same = act(ago(10), elsewhere, workload="deployment/shop/web", phase=phase)
+    found = decide(condition=kin, acts=[same])
+    assert (found.verdict, found.reason) == (Verdict.REFUSE, "Cooldown")
+    assert "begins when that has ended" in found.message
+    assert "old-0" in found.message
+    other = msgspec.structs.replace(same, workload="deployment/shop/api")
+    assert decide(condition=kin, acts=[other]).verdict is Verdict.ADMIT
+    unknown = msgspec.structs.replace(same, workload="")
+    assert decide(acts=[unknown]).verdict is Verdict.ADMIT
+
+
 def test_e17_a_refusal_says_which_rule_and_until_when() -> None:
     found = decide(acts=[act(ago(100))])
     assert found.until == STARTED + timedelta(seconds=500)
@@ -152,8 +167,12 @@ def test_e12_a_step_of_the_wall_clock_moves_no_cooldown(step: float) -> None:
 
 def test_e12_after_a_reboot_a_future_act_holds_no_longer_than_its_cooldown() -> None:
     future = act(ago(0, boot_id="boot-0", wall_error=86400))
-    found = decide(acts=[future])
-    assert found.until == STARTED + timedelta(seconds=600)
+    for uptime in (0, 100, 599):
+        booted = Instant(wall=NOW.wall, boot_id="boot-1", boottime=uptime)
+        found = decide(acts=[future], now=booted)
+        assert found.until == STARTED + timedelta(seconds=600 - uptime)
+    later = Instant(wall=NOW.wall, boot_id="boot-1", boottime=600)
+    assert decide(acts=[future], now=later).verdict is Verdict.ADMIT
 
 
 def test_e6_a_storm_opens_the_breaker() -> None:
@@ -199,6 +218,13 @@ def test_what_waited_too_long_is_given_up() -> None:
     found = policy.expired(waiting, STARTED + timedelta(days=1))
     assert found is not None
     assert (found.reason, "1 d" in found.message) == ("Expired", True)
+
+
+def test_what_was_approved_in_time_waits_for_its_window_however_long() -> None:
+    approved = remediation(
+        expires_at=STARTED + timedelta(days=1), reason="OutsideWindow", approved_by="ada"
+    )
+    assert policy.expired(approved, STARTED + timedelta(days=6)) is None
 
 
 def test_a_failed_rotation_pauses_the_fix() -> None:

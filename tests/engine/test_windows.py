@@ -45,6 +45,19 @@ def test_an_hour_that_daylight_saving_repeats_counts_twice() -> None:
     assert window.contains(berlin("2026-10-25 02:30", fold=1))
 
 
+def test_the_opening_is_named_right_where_the_clocks_change() -> None:
+    """Forward at 02:00 on the last Sunday of March, back at 03:00 on that of October."""
+    skipped = Window(start="02:30", end="04:00", timezone="Europe/Berlin")
+    spring = datetime(2026, 3, 28, 12, 0, tzinfo=UTC)
+    assert skipped.next_opening(spring) == datetime(2026, 3, 29, 1, 0, tzinfo=UTC)  # 03:00 there
+    assert skipped.contains(datetime(2026, 3, 29, 1, 0, tzinfo=UTC))
+    twice = Window(start="02:00", end="02:15", timezone="Europe/Berlin")
+    first = datetime(2026, 10, 25, 0, 0, tzinfo=UTC)
+    assert twice.next_opening(first - timedelta(hours=3)) == first
+    assert twice.next_opening(first) == first + timedelta(hours=1)
+    assert twice.next_opening(first + timedelta(hours=1)) == first + timedelta(hours=25)
+
+
 def test_a_bad_window_is_refused_where_it_is_written() -> None:
     for options in (
         {"start": "24:00", "end": "04:00"},

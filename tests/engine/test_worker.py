@@ -8,11 +8,10 @@ import msgspec
 import pytest
 
 from remediator import acting, worker
-from remediator.config import FixPolicy, Mode, OptOut, Seconds
+from remediator.config import FixPolicy, Mode, Seconds
 from remediator.journal import JournalError
 from remediator.model import (
     CheckError,
-    Claim,
     Condition,
     FixError,
     Outcome,
@@ -21,27 +20,20 @@ from remediator.model import (
     Target,
 )
 from remediator.turns import lock_name
-from remediator.windows import Window
-from tests.engine.bench import RULES, Bench, approval, until
+from tests.engine.bench import (
+    OTHER,
+    RULES,
+    Bench,
+    Gated,
+    annotated,
+    approval,
+    listed,
+    mode,
+    until,
+    window,
+)
 from tests.engine.mend_file import MendFile, Settings
 from tests.engine.support import NODE, request
-
-OTHER = Claim(boot_id="another host", pid=7, start_time=7)
-
-
-class Gated(MendFile):
-    """Has acted, and goes on when the test lets it."""
-
-    def __init__(self, bench: Bench) -> None:
-        super().__init__(bench.fix.settings)
-        self.gate = asyncio.Event()
-
-    async def apply(self, target: Target, condition: Condition, steps: Steps) -> Outcome:
-        async with steps.step("mend", f"remove the file of {target.pod}", pod=target.pod):
-            self.act(target)
-            await self.gate.wait()
-            (self.directory / target.pod).unlink()
-        return Outcome(phase=Phase.SUCCEEDED, reason="Mended", message="the file is gone")
 
 
 @pytest.fixture
@@ -257,26 +249,6 @@ async def test_e23_what_a_task_here_carries_out_is_not_taken_over(bench: Bench) 
     assert await bench.end(due) == (Phase.SUCCEEDED, "Mended")
 
 
-def _annotated(bench: Bench) -> None:
-    (bench.files / "web-1.opt-out").touch()
-
-
-def _listed(bench: Bench) -> None:
-    bench.opt_out = OptOut(nodes=(NODE,))
-
-
-def _mode(mode: Mode) -> Callable[[Bench], None]:
-    def change(bench: Bench) -> None:
-        bench.policy = FixPolicy(mode=mode, cooldown=Seconds(0))
-
-    return change
-
-
-def _window(bench: Bench) -> None:
-    nine = Window(start="09:00", end="10:00")  # it's 03:04
-    bench.policy = FixPolicy(maintenance_windows=(nine,), cooldown=Seconds(0))
-
-
 def _cleared(bench: Bench) -> None:
     (bench.files / "web-1").unlink()
 
@@ -284,12 +256,12 @@ def _cleared(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("meanwhile", "reason"),
     [
-        (_annotated, "OptedOut"),
-        (_listed, "OptedOut"),
-        (_mode(Mode.OFF), "FixOff"),
-        (_mode(Mode.DRY_RUN), "DryRun"),
-        (_mode(Mode.APPROVAL), "OwnerDied"),
-        (_window, "OwnerDied"),
+        (annotated, "OptedOut"),
+        (listed, "OptedOut"),
+        (mode(Mode.OFF), "FixOff"),
+        (mode(Mode.DRY_RUN), "DryRun"),
+        (mode(Mode.APPROVAL), "OwnerDied"),
+        (window, "OwnerDied"),
         (_cleared, "ConditionCleared"),
     ],
 )
@@ -334,28 +306,6 @@ async def test_what_a_dead_owner_left_half_done_is_said_where_nothing_may_act(
     assert bench.acts == []
 
 
-class Counting(MendFile):
-    """Counts the looks."""
-
-    looks = 0
-
-    async def check(self, target: Target) -> Condition:
-        self.looks += 1
-        return await super().check(target)
-
-
-async def test_e25_waiting_for_a_slot_costs_one_look_more_and_no_place_in_the_queue(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker, "FRESH", -1.0)  # any wait is longer
-    fix = Counting(Settings(directory=str(bench.files)))
-    doing = bench.worker(fix)
-    asked = [await bench.ask(f"web-{n}") for n in range(3)]
-    await asyncio.gather(*map(doing.handle, asked))
-    assert [await bench.end(r) for r in asked] == [(Phase.SUCCEEDED, "Mended")] * 3
-    assert fix.looks == 3 * 3  # admitted, right before acting, and after it
-
-
 async def test_e26_a_failure_and_the_pause_it_brings_are_one_commit(bench: Bench) -> None:
     bench.policy = FixPolicy(cooldown=Seconds(0), pause_after_failure=True)
     bench.fix = MendFile(Settings(directory=str(bench.files), misbehave="fail"))
@@ -395,6 +345,44 @@ async def test_e27_a_process_thought_dead_does_not_end_what_its_successor_runs(
     found = await bench.now(asked)
     assert (found.phase, found.claim) == (Phase.RUNNING, OTHER)
     assert bench.counted == []
+
+
+class Slow(MendFile):
+    """Something that it asks is slow, and says so as Python does."""
+
+    def __init__(self, settings: Settings, where: str) -> None:
+        super().__init__(settings)
+        self.where = where
+
+    async def check(self, target: Target) -> Condition:
+        if self.where == "check":
+            raise TimeoutError
+        return await super().check(target)
+
+    async def apply(self, target: Target, condition: Condition, steps: Steps) -> Outcome:
+        if self.where == "apply":
+            raise TimeoutError
+        return await super().apply(target, condition, steps)
+
+    async def verify(self, target: Target, condition: Condition) -> Condition:
+        raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    ("where", "end", "said"),
+    [
+        ("check", (Phase.SKIPPED, "CheckFailed"), "unexpectedly (TimeoutError)"),
+        ("apply", (Phase.FAILED, "InternalError"), "unexpected error"),
+        ("verify", (Phase.FAILED, "VerifyFailed"), "But: TimeoutError"),
+    ],
+)
+async def test_a_timeout_of_something_else_is_not_called_the_deadline(
+    bench: Bench, where: str, end: tuple[Phase, str], said: str
+) -> None:
+    asked = await bench.ask()
+    await bench.worker(Slow(bench.fix.settings, where)).handle(asked)
+    assert await bench.end(asked) == end
+    assert said in (await bench.now(asked)).message
 
 
 class Unsure(MendFile):
