@@ -21,7 +21,11 @@ from exporter.checks.certificates import DAY, Certificate, Root, is_due
 from exporter.kubernetes.access import AccessError
 from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
-from remediator.fixes.certificates.backup import directory_problem, space_problem
+from remediator.fixes.certificates.backup_place import (
+    directory_problem,
+    link_problem,
+    space_problem,
+)
 from remediator.fixes.certificates.cluster import (
     default_configuration,
     fetch_configuration,
@@ -190,7 +194,7 @@ class Preflight:
         for pair in layout.pairs:
             self._check_pair(pair)
         directory = self._settings.backup_directory
-        if problem := directory_problem(self._root, directory):
+        if problem := directory_problem(self._root, directory) or link_problem(self._root):
             raise RefusedError("BackupImpossible", problem)
         self._check_space(0)
 

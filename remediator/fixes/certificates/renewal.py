@@ -137,5 +137,5 @@ def expired_in(backup: Backup, now: float) -> list[str]:
 def _is_kubeadms(path: str, names: Mapping[str, str]) -> bool:
     pure = Path(path)
     if any(pure.is_relative_to(directory) for directory in PKI_DIRECTORIES):
-        return True
+        return pure.suffix in (".crt", ".key", ".pub")  # encryption of secrets may lie there too
     return str(pure.parent) == "/etc/kubernetes" and pure.name in names

@@ -25,7 +25,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     backup_directory: str = "/var/lib/upkeep/backups"
     """On the host, mode 0700; each rotation makes one directory in it."""
     keep_backups: Annotated[int, msgspec.Meta(ge=1)] = 5
-    """How many to keep; older ones are removed after a successful rotation."""
+    """How many that can be put back to keep; older ones are removed after a good rotation."""
     etcd_snapshot: bool = True
     """Whether a checked etcd snapshot belongs to the backup, on nodes that run etcd."""
     restart: Literal["all", "needed", "none"] = "all"
