@@ -67,10 +67,7 @@ def _leads_away(root: Root, path: str) -> str:
 
 def space_problem(root: Root, directory: str, extra: int = 0) -> str:
     """Why the disk can't hold a backup, in a sentence; empty where it can. extra: bytes more."""
-    needed = extra + _RESERVE
-    for path in existing(root):
-        for folder, _, names in os.walk(root.resolve(path)):
-            needed += sum(_size(Path(folder) / name) for name in names)
+    needed = extra + _RESERVE + sum(size_of(root, path) for path in existing(root))
     here = Path(root.resolve(directory))
     while not here.exists():
         here = here.parent
@@ -81,6 +78,15 @@ def space_problem(root: Root, directory: str, extra: int = 0) -> str:
     return (
         f"{directory} has {free >> 20} MiB free and a backup needs {needed >> 20} MiB; make room "
         "or choose another backup_directory"
+    )
+
+
+def size_of(root: Root, directory: str) -> int:
+    """Bytes of all files below a directory of the host."""
+    return sum(
+        _size(Path(folder) / name)
+        for folder, _, names in os.walk(root.resolve(directory))
+        for name in names
     )
 
 
