@@ -156,6 +156,16 @@ async def test_c58_the_clusters_configuration_must_mean_this_pki_and_be_kubeadms
     assert files(control_plane.directory) == before
 
 
+@pytest.mark.root
+@pytest.mark.debian
+@pytest.mark.cluster
+async def test_c58_a_named_configuration_that_is_not_there_is_said(make_pki: MakePki) -> None:
+    pki = make_pki(timedelta(days=3))
+    condition = await rotate(pki, kubeadm_config="/etc/mine.yaml").check(NODE)
+    assert (condition.broken, condition.reason) == (False, "NoConfiguration")
+    assert "/etc/mine.yaml is not there" in condition.message
+
+
 @pytest.mark.parametrize(
     ("said", "version"),
     [("v1.29.3", (1, 29)), ("1.7.0", (1, 7)), ("stable-1", None), ("", None)],

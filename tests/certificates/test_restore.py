@@ -168,6 +168,8 @@ def test_c51_c52_a_lost_pki_comes_back_and_what_others_changed_stays(
         "put back",
         f"/var/lib/upkeep/backups/{backup}",  # the host's: another container may finish it
     )
+    (pki.directory / "pki/ca.key").unlink()  # every certificate is there still
+    assert remediator(pki, tmp_path, "restore", backup, "--dry-run")[1]["reason"] == "DryRun"
     shutil.rmtree(pki.directory / "pki")
     status, found, errors = remediator(pki, tmp_path, "restore", backup)
     assert (status, found["reason"]) == (0, "Restored"), (found, errors)

@@ -25,7 +25,7 @@ from remediator.fixes.certificates.backup import (
     put_back,
 )
 from remediator.fixes.certificates.backup_place import link_problem
-from remediator.fixes.certificates.etcd import Etcd, EtcdAccess
+from remediator.fixes.certificates.etcd import Etcd, EtcdAccess, EtcdError
 from remediator.fixes.certificates.kept import discard_begun, prune
 from remediator.fixes.certificates.layout import Layout
 from remediator.fixes.certificates.plan import RefusedError
@@ -216,6 +216,55 @@ def test_c59_a_backup_of_another_user_is_not_put_back(tmp_path: Path) -> None:
         usable(kept.directory, "x")
 
 
+@pytest.mark.parametrize(
+    ("own", "others", "refused"),
+    [(True, ("b",), True), (True, (), False), (False, ("b",), False), (None, (), False)],
+)
+async def test_c5_no_restore_is_begun_while_another_member_is_unhealthy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: bool | None,
+    others: tuple[str, ...],
+    refused: bool,
+) -> None:
+    """own: whether this node's member is healthy; None: it can't be asked."""
+
+    async def healthy(_: object) -> bool:
+        return own is not False
+
+    async def members(_: object) -> tuple[str, ...]:
+        if own is None:
+            raise EtcdError("not with these certificates")
+        return ("a", "b")
+
+    async def unhealthy(_: object, members: tuple[str, ...]) -> tuple[str, ...]:
+        return others if members else ()
+
+    there = EtcdAccess(endpoint="127.0.0.1:1", ca="", certificate="", key="")
+    monkeypatch.setattr(restore, "find_access", lambda *_: there)
+    for name, asked in (("healthy", healthy), ("members", members), ("unhealthy", unhealthy)):
+        monkeypatch.setattr(Etcd, name, asked)
+    fix = restore_below(tmp_path)
+    if not refused:
+        await fix._refuse_without_quorum()
+        return
+    with pytest.raises(RefusedError, match="not healthy: b of 2"):
+        await fix._refuse_without_quorum()
+
+
+def restore_below(folder: Path, uptake: object = None) -> Restore:
+    none = cast("Any", None)
+    return Restore(
+        Settings(),
+        root=Root(folder),
+        uptake=cast("Any", uptake),
+        api=none,
+        lease=none,
+        clock=time.time,
+        node_name="node-1",
+    )
+
+
 @pytest.mark.parametrize("healthy", [[True, False], [False, True], [False, False]])
 async def test_c59_an_etcd_that_is_down_is_not_asked_for_its_quorum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, healthy: list[bool]
@@ -239,19 +288,8 @@ async def test_c59_an_etcd_that_is_down_is_not_asked_for_its_quorum(
     monkeypatch.setattr(restore, "find_access", lambda *_: there)
     monkeypatch.setattr(Etcd, "healthy", says)
     monkeypatch.setattr(Restore, "_put_back", put_back)
-    root, uptake = Root(tmp_path), cast("Any", Uptake())
-    none = cast("Any", None)
-    fix = Restore(
-        Settings(),
-        root=root,
-        uptake=uptake,
-        api=none,
-        lease=none,
-        clock=time.time,
-        node_name="node-1",
-    )
-    plan = RestorePlan(backup=back_up(root), path=DIRECTORY, expired=(), locked=True)
-    await fix._use(plan, "kept", none)
+    plan = RestorePlan(backup=back_up(Root(tmp_path)), path=DIRECTORY, expired=(), locked=True)
+    await restore_below(tmp_path, Uptake())._use(plan, "kept", cast("Any", None))
     assert asked == [expected]
 
 

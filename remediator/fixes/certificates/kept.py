@@ -61,6 +61,12 @@ def _index(directory: Path) -> Index | None:
         return None
 
 
+def is_whole_set(root: Root, directory: str, name: str) -> bool:
+    """Whether a backup holds certificates and keys that fit, so that it can be put back."""
+    index = _index(Path(root.resolve(directory), name))
+    return index is not None and bool(index.serials)
+
+
 def prune(root: Root, directory: str, keep: int, *, node: str) -> list[str]:
     """Remove the node's backups that are older than the newest `keep` of those that can be put
     back, and what dead rotations began.

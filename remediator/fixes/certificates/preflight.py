@@ -312,7 +312,10 @@ class Preflight:
         saved = saved_configuration(self._settings)
         if fetched and not self._settings.kubeadm_config:
             return saved  # written from the cluster's own before it is used
-        path = find_configuration(self._root, self._settings.kubeadm_config, saved)
+        chosen = self._settings.kubeadm_config
+        if chosen and not self._root.exists(chosen):
+            raise RefusedError("NoConfiguration", f"kubeadm_config {chosen} is not there")
+        path = find_configuration(self._root, chosen, saved)
         if not path:
             if layout.pki == "/etc/kubernetes/pki" and layout.etcd != "host":
                 return ""  # kubeadm's defaults are this very layout

@@ -16,6 +16,7 @@ from remediator.fixes.certificates.backup import (
     read_files,
 )
 from remediator.fixes.certificates.plan import RefusedError
+from remediator.fixes.certificates.renewal import is_kubeadms
 
 
 def usable(directory: Path, name: str) -> Backup:
@@ -69,6 +70,17 @@ def foreign(root: Root, backup: Backup) -> str:
                 "given out since would count, unless that is what was lost"
             )
     return ""
+
+
+def is_there(root: Root, backup: Backup) -> bool:
+    """Whether every file that would be put back is here already, as it is in the backup."""
+    for path, digest in backup.index.files.items():
+        if not is_kubeadms(path, backup.index.serials):
+            continue
+        here = Path(root.resolve(path))
+        if not here.is_file() or hashlib.sha256(here.read_bytes()).hexdigest() != digest:
+            return False
+    return True
 
 
 def _fingerprints(data: bytes) -> set[str]:

@@ -28,14 +28,14 @@ from remediator.fixes.certificates.backup import (
 )
 from remediator.fixes.certificates.backup_place import directory_problem, space_problem
 from remediator.fixes.certificates.cluster import opted_out
-from remediator.fixes.certificates.etcd import Etcd, find_access
+from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access, quorum_problem
 from remediator.fixes.certificates.host_etcd import UNIT, restorable_files
-from remediator.fixes.certificates.kept import BEFORE_RESTORE
+from remediator.fixes.certificates.kept import BEFORE_RESTORE, is_whole_set
 from remediator.fixes.certificates.layout import Layout, PairError, check_pair, read_layout
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import RefusedError, components_here
 from remediator.fixes.certificates.renewal import expired_in, roll_back
-from remediator.fixes.certificates.restorable import foreign, usable
+from remediator.fixes.certificates.restorable import foreign, is_there, usable
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import Uptake
 from remediator.model import (
@@ -155,7 +155,7 @@ class Restore:
                 f"expired in {name}: {', '.join(expired)}; renew instead, or --force where even "
                 "they are better than what is there",
             )
-        if not forced and await asyncio.to_thread(self._serials) == index.serials:
+        if not forced and await asyncio.to_thread(is_there, self._root, backup):
             raise RefusedError("AlreadyThere", f"the files of {name} are those on this node")
         where = self._settings.backup_directory
         problem = directory_problem(self._root, where)
@@ -166,7 +166,23 @@ class Restore:
             await self._lease.check()
         except (ApiError, AccessError):  # perhaps the very reason why it's asked for
             return msgspec.structs.replace(plan, locked=False)
+        if not forced and not expired:
+            await self._refuse_without_quorum()
         return plan
+
+    async def _refuse_without_quorum(self) -> None:
+        """RefusedError where etcd could not be restarted now: better before than half-way."""
+        access = find_access(self._root, pki_directory(self._root.exists))
+        if access is None or self._settings.restart != "all":
+            return
+        etcd = Etcd(self._root, access)
+        try:
+            members = await etcd.members() if await etcd.healthy() else ()
+            problem = quorum_problem(members, await etcd.unhealthy(members))
+        except EtcdError:  # what is put back may be just what it lacks
+            return
+        if problem:
+            raise RefusedError("EtcdUnhealthy", problem)
 
     def _path(self, name: str) -> str:
         return name if name.startswith("/") else f"{self._settings.backup_directory}/{name}"
@@ -248,10 +264,11 @@ class Restore:
             if "kube-apiserver" in components and self._settings.restart != "none":
                 await self._uptake.verify(components, layout, steps)
         except Exception as error:
+            back = f"what was there before is {kept}"
+            if is_whole_set(self._root, self._settings.backup_directory, kept):
+                back = f"what was there before: upkeep-remediator restore {kept}"
             raise FixError(
-                "RestoreFailed",
-                f"{name} was being put back, but {error}; what was there before: "
-                f"upkeep-remediator restore {kept}",
+                "RestoreFailed", f"{name} was being put back, but {error}; {back}"
             ) from error
         return Outcome(
             phase=Phase.SUCCEEDED,
