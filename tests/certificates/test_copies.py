@@ -8,6 +8,7 @@ import yaml
 
 from exporter.checks.certificates import Root
 from remediator.fixes.certificates.copies import renew_copy
+from remediator.fixes.certificates.settings import Settings
 from tests.certificates.conftest import MakePki
 from tests.cluster.pki import Pki, set_remaining
 
@@ -115,6 +116,12 @@ def test_c57_an_older_file_of_that_name_is_not_written_over(home: Home) -> None:
     home.kept.symlink_to("nowhere")
     assert "in the backup" in home.renew()
     assert home.kept.is_symlink()
+
+
+def test_c57_a_path_that_only_a_shell_knows_is_an_error_of_the_configuration() -> None:
+    Settings(kubeconfig_copies=(COPY,))
+    with pytest.raises(ValueError, match=r"'~/.kube/config' is not an absolute path"):
+        Settings(kubeconfig_copies=("~/.kube/config",))
 
 
 def test_c57_a_pipe_is_not_waited_for(home: Home) -> None:

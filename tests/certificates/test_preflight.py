@@ -17,6 +17,7 @@ from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.cluster import opted_out, refuse_wrong_clock
 from remediator.fixes.certificates.kubeadm import cluster_version
+from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import RefusedError
 from remediator.fixes.certificates.preflight import Preflight
 from remediator.model import CheckError
@@ -100,6 +101,14 @@ async def test_c56_not_to_know_whether_it_is_forbidden_is_no_leave() -> None:
         await opted_out(api({}), "a")
 
 
+async def gone(*_: object) -> str:
+    raise ApiError(0, "no answer")
+
+
+async def there(*_: object) -> str:
+    return ""
+
+
 @pytest.fixture
 def control_plane(make_pki: MakePki) -> Pki:
     pki = make_pki({"scheduler.conf": timedelta(days=-1), "front-proxy-client": timedelta(days=-1)})
@@ -116,14 +125,30 @@ async def test_c58_only_the_loss_of_what_it_needs_explains_that_the_api_is_gone(
 ) -> None:
     """A recovery stops etcd: an API server that is away for a moment is no reason."""
 
-    async def gone(*_: object) -> str:
-        raise ApiError(0, "no answer")
-
-    monkeypatch.setattr(Preflight, "_check_cluster", gone)
+    monkeypatch.setattr(RotationLease, "check", gone)
     for look in (rotate(control_plane).check, rotate(control_plane).force):
         condition = await look(NODE)
         assert (condition.broken, condition.reason) == (False, "ApiUnreachable")
         assert condition.message.startswith("no answer; no certificate that it needs has expired")
+
+
+@pytest.mark.root
+@pytest.mark.debian
+@pytest.mark.cluster
+@pytest.mark.parametrize("asked", ["refuse_unready_peers", "fetch_configuration"])
+async def test_c58_an_api_that_answered_a_moment_before_is_not_gone(
+    make_pki: MakePki, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    pki = make_pki(timedelta(days=-1))
+    (pki.directory / MANIFESTS).mkdir()
+    (pki.directory / MANIFESTS / "kube-apiserver.yaml").touch()
+    monkeypatch.setattr(RotationLease, "check", there)
+    for name in ("refuse_unready_peers", "refuse_wrong_clock", "fetch_configuration"):
+        answer = gone if name == asked else there
+        monkeypatch.setattr(f"remediator.fixes.certificates.preflight.{name}", answer)
+    condition = await rotate(pki).force(NODE)
+    assert (condition.broken, condition.reason) == (False, "ApiUnreachable")
+    assert "had answered a moment before" in condition.message
 
 
 @pytest.mark.root
@@ -137,11 +162,9 @@ async def test_c58_the_clusters_configuration_must_mean_this_pki_and_be_kubeadms
     async def fetched(*_: object) -> str:
         return yaml.safe_dump(document)
 
-    async def not_forbidden(*_: object) -> str:
-        return ""
-
+    monkeypatch.setattr(RotationLease, "check", there)
     monkeypatch.setattr(Preflight, "_check_cluster", fetched)
-    monkeypatch.setattr("remediator.fixes.certificates.fix.opted_out", not_forbidden)
+    monkeypatch.setattr("remediator.fixes.certificates.fix.opted_out", there)
     before = files(control_plane.directory)
     assert (await rotate(control_plane).check(NODE)).broken
     document["certificatesDir"] = "/srv/pki"
@@ -206,10 +229,7 @@ async def test_c9_a_recovery_makes_sure_of_room_for_etcds_data_before_it_stops_e
     with data.open("wb") as file:
         file.truncate(1 << 43)  # of holes, on a disk that has less
 
-    async def gone(*_: object) -> str:
-        raise ApiError(0, "no answer")
-
-    monkeypatch.setattr(Preflight, "_check_cluster", gone)
+    monkeypatch.setattr(RotationLease, "check", gone)
     condition = await rotate(pki).force(NODE)
     assert (condition.broken, condition.reason) == (False, "BackupImpossible")
     data.unlink()

@@ -96,14 +96,12 @@ def _is_ready(node: dict[str, Any]) -> bool:
 
 async def fetch_configuration(api: ApiServer, root: Root, node: str) -> str:
     """The cluster's kubeadm configuration, made fit for `kubeadm --config`; empty if it has none.
+    ApiError, AccessError.
 
     kubeadm looks up an address and a container runtime where the file names none, which fails on
     odd machines and is of no use here: so it is told.
     """
-    try:
-        found = await api.get(_CONFIGURATION)
-    except (ApiError, AccessError):
-        return ""
+    found = await api.get(_CONFIGURATION)
     text = ((found or {}).get("data") or {}).get("ClusterConfiguration", "")
     try:
         version = yaml.safe_load(text)["apiVersion"]

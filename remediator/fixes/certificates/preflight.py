@@ -122,10 +122,12 @@ class Preflight:
         recovery, fetched = False, ""
         if "kube-apiserver" in components:
             try:
-                fetched = await self._check_cluster(layout)
+                await self._lease.check()
             except (ApiError, AccessError) as error:
                 await self._refuse_unless_expired(layout, str(error), by_person=by_person)
                 recovery = True
+            else:
+                fetched = await self._check_cluster(layout)
         config = self._configuration(layout, fetched=bool(fetched))
         if recovery and "etcd" in components:
             data = manifest_flags(self._root, "etcd").get("data-dir", "/var/lib/etcd")
@@ -149,11 +151,16 @@ class Preflight:
         )
 
     async def _check_cluster(self, layout: Layout) -> str:
-        """The cluster's kubeadm configuration, once it is seen to be fit. ApiError: no answer."""
-        await self._lease.check()
-        if self._settings.require_ready_peers:
-            await refuse_unready_peers(self._api, self._node)
-        await refuse_wrong_clock(self._api, self._node, self._clock)
+        """The cluster's kubeadm configuration, once it is seen to be fit."""
+        try:
+            if self._settings.require_ready_peers:
+                await refuse_unready_peers(self._api, self._node)
+            await refuse_wrong_clock(self._api, self._node, self._clock)
+            fetched = await fetch_configuration(self._api, self._root, self._node)
+        except (ApiError, AccessError) as error:  # so it isn't gone, and nothing to recover from
+            raise RefusedError(
+                "ApiUnreachable", f"{error}; it had answered a moment before: look at it first"
+            ) from None
         access = find_access(self._root, layout.pki)
         if access is not None:
             try:
@@ -167,7 +174,7 @@ class Preflight:
                 raise RefusedError("EtcdUnhealthy", problem)
             size = int(status.get("dbSize") or 0)
             self._check_space(size if self._settings.etcd_snapshot else 0)
-        return await fetch_configuration(self._api, self._root, self._node)
+        return fetched
 
     async def _refuse_unless_expired(self, layout: Layout, why: str, *, by_person: bool) -> None:
         """An API that's gone because certificates expired is what recovery is for; else refuse."""

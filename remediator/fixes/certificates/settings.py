@@ -46,7 +46,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Seconds for the whole rotation."""
 
     def __post_init__(self) -> None:
-        """A wait of no length would fail every rotation half-way."""
+        """A wait of no length would fail every rotation half-way; `~` is no shell's here."""
         for name in ("kubeadm_timeout", "component_timeout", "deadline"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be longer than nothing")
+        for path in (self.kubeadm, self.kubeadm_config, *self.kubeconfig_copies):
+            if path and not path.startswith("/"):
+                raise ValueError(f"{path!r} is not an absolute path")
