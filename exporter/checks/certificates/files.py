@@ -40,6 +40,7 @@ class _Wanted(NamedTuple):
     path: str
     here: str | None
     required: bool
+    named_by_file: bool = False
 
 
 class _Cached(msgspec.Struct, frozen=True):
@@ -117,7 +118,7 @@ class CertificateReader:
                 found.extend(cached.certificates)
                 if cached.contents.problem:
                     errors.append(ReadError(path=wanted.path, reason=cached.contents.problem))
-                for reference in cached.contents.references:
+                for reference in () if wanted.named_by_file else cached.contents.references:
                     self._follow(wanted.path, reference.path, pending, errors)
             self._remember(pattern, directory, wanted_here, used)
         self._cache = used
@@ -219,7 +220,8 @@ class CertificateReader:
     ) -> None:
         path = str(PurePosixPath(kubeconfig).parent / file)  # as kubectl reads it
         try:
-            pending.append(_Wanted(path, self._root.resolve(path), required=True))
+            here = self._root.resolve(path)
+            pending.append(_Wanted(path, here, required=True, named_by_file=True))
         except OSError as error:
             errors.append(ReadError(path=path, reason=_reason(error)))
 

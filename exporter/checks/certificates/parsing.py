@@ -21,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 MAX_FOUND = 256
 """Certificates of one file, and files named in it: every CA of the web is 140."""
 _MAX_NAME = 512  # characters; real names are a tenth of it, and a label value goes into every query
+_MAX_PATH = 4096
 _PEM_BEGIN = b"-----BEGIN "
 _PEM_END = b"-----END "
 _CERTIFICATE_LABELS = (b"CERTIFICATE", b"X509 CERTIFICATE", b"TRUSTED CERTIFICATE")
@@ -215,7 +216,10 @@ def _parse_kubeconfig(data: bytes) -> Contents:
                 found.extend(contents.certificates)
                 problem = problem or contents.problem
             elif isinstance(file, str) and file:
-                references.append(Reference(path=file))
+                if "\0" in file or len(file) > _MAX_PATH:  # no system call takes it
+                    problem = problem or "malformed"
+                else:
+                    references.append(Reference(path=file))
     return Contents(
         certificates=tuple(found[:MAX_FOUND]), references=tuple(references), problem=problem
     )

@@ -46,7 +46,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Seconds for the whole rotation."""
 
     def __post_init__(self) -> None:
-        """A wait of no length would fail every rotation half-way; `~` is no shell's here."""
+        """A wait of no length would fail every rotation half-way; `~/x` is nobody's path."""
         for name in ("kubeadm_timeout", "component_timeout", "deadline"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be longer than nothing")
