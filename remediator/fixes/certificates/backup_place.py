@@ -5,11 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from exporter.checks.certificates import Root
-from exporter.checks.certificates.layouts import (
-    KUBEADM_CERTIFICATES,
-    KUBERNETES_DIRECTORY,
-    PKI_DIRECTORIES,
-)
+from exporter.checks.certificates.layouts import PKI_DIRECTORIES
 from remediator.fixes.certificates.backup import SOURCES, existing
 
 _RESERVE = 64 * 1024 * 1024  # bytes to leave free beyond what the backup takes
@@ -29,9 +25,9 @@ def directory_problem(root: Root, directory: str) -> str:
     return ""
 
 
-def link_problem(root: Root) -> str:
-    """Which file of the PKI a backup would miss, or a roll-back would not write, since a link leads
-    to it; empty where none."""
+def link_problem(root: Root, renewed: Iterable[str]) -> str:
+    """Which file of the PKI a backup would miss, since a link leads to it, or a roll-back would not
+    write; empty where none. renewed: paths of the files that kubeadm would write."""
     kept = [root.real(source) for source in SOURCES]
     pki = [root.real(directory) for directory in PKI_DIRECTORIES]
     try:
@@ -42,14 +38,10 @@ def link_problem(root: Root) -> str:
                     path = str(PurePosixPath(directory, Path(folder).relative_to(here), name))
                     if not _is_below(root.real(path), kept):
                         return _leads_away(root, path)
-            for known in KUBEADM_CERTIFICATES:
-                for file in (known.file, known.file.removesuffix(".crt") + ".key"):
-                    path = f"{directory}/{file}"
-                    if not known.is_kubeconfig and not _is_below(root.real(path), pki):
-                        return _leads_away(root, path)
-        for known in KUBEADM_CERTIFICATES:
-            path = f"{KUBERNETES_DIRECTORY}/{known.file}"
-            if known.is_kubeconfig and root.real(path) != f"{kept[0]}/{known.file}":
+        for path in renewed:
+            real = root.real(path)
+            is_kubeconfig = real == f"{kept[0]}/{PurePosixPath(path).name}"
+            if not is_kubeconfig and not _is_below(real, pki):
                 return _leads_away(root, path)
     except OSError as error:  # a ring of links
         return f"{error.filename} can't be followed: {error.strerror}"
