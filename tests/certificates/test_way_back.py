@@ -19,6 +19,7 @@ from remediator.fixes.certificates import restore
 from remediator.fixes.certificates.backup import (
     INDEX,
     Backup,
+    BackupError,
     BackupWriter,
     Index,
     load,
@@ -86,6 +87,28 @@ def test_c50_of_two_hard_links_each_comes_back(tmp_path: Path) -> None:
     first.write_text("new")  # as kubeadm does, in place
     put_back(Root(tmp_path), kept, kept.index.files)
     assert (first.read_text(), second.read_text()) == ("old", "old")
+
+
+def test_c50_what_is_needed_must_be_in_it_and_what_goes_meanwhile_need_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, f"{PKI}/apiserver.key", "old")
+    swap = write(tmp_path, f"{PKI}/.apiserver.key.swp", "x")
+    listed = os.scandir
+
+    def going(path: Path) -> list[os.DirEntry[str]]:
+        found = list(listed(path))
+        if path.name == "pki":
+            swap.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(os, "scandir", going)
+    writer = BackupWriter(Root(tmp_path), DIRECTORY, "x")
+    needed = f"/{PKI}/apiserver.key"
+    assert set(writer.add_files((), [needed])) == {needed}
+    writer = BackupWriter(Root(tmp_path), DIRECTORY, "y")
+    with pytest.raises(BackupError, match=r"apiserver.crt did not get into the backup"):
+        writer.add_files((), [needed, f"/{PKI}/apiserver.crt"])
 
 
 def test_c50_a_large_file_beside_the_pki_needs_no_memory(tmp_path: Path) -> None:

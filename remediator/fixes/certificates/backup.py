@@ -14,6 +14,7 @@ import stat
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -75,8 +76,11 @@ class BackupWriter:
         except OSError as error:
             raise BackupError(f"{directory} can't be written: {error.strerror}") from None
 
-    def add_files(self, copies: Sequence[str]) -> dict[str, str]:
-        """Put the control plane's files and `copies` into it; SHA-256 by path. BackupError."""
+    def add_files(self, copies: Sequence[str], needed: Sequence[str] = ()) -> dict[str, str]:
+        """Put the control plane's files and `copies` into it; SHA-256 by path. BackupError.
+
+        needed: paths without which it would be no way back.
+        """
         archive = self.partial / ARCHIVE
         hashes: dict[str, str] = {}
         try:
@@ -92,6 +96,9 @@ class BackupWriter:
         except _DAMAGED as error:
             why = getattr(error, "strerror", None) or str(error)
             raise BackupError(f"the backup could not be written: {why}") from None
+        for path in needed:
+            if path not in hashes and self._root.real(path) not in hashes:
+                raise BackupError(f"{path} did not get into the backup")
         return hashes
 
     def _add(self, tar: tarfile.TarFile, path: str, hashes: dict[str, str]) -> None:
@@ -116,7 +123,8 @@ class BackupWriter:
                     link = tar.gettarinfo(child.path, arcname=below.lstrip("/"))
                     tar.addfile(link)
                 else:
-                    self._add(tar, below, hashes)
+                    with suppress(FileNotFoundError):  # an editor's, gone meanwhile
+                        self._add(tar, below, hashes)
 
     def finish(self, index: Index) -> Backup:
         """Write what it holds, put all of it on disk, and give it its name. BackupError."""

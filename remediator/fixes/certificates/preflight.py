@@ -220,8 +220,8 @@ class Preflight:
         for pair in layout.pairs:
             self._check_pair(pair)
         directory = self._settings.backup_directory
-        renewed = [path for pair in layout.pairs for path in (pair.certificate.path, pair.key)]
-        if problem := directory_problem(self._root, directory) or link_problem(self._root, renewed):
+        problem = directory_problem(self._root, directory)
+        if problem := problem or link_problem(self._root, layout.files):
             raise RefusedError("BackupImpossible", problem)
         self._check_space(0)
 

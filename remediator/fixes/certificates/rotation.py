@@ -180,7 +180,7 @@ class Rotation:
                 owner = (target.parent.stat().st_uid, target.parent.stat().st_gid)
                 replace(target, plan.fetched_config.encode(), mode=0o600, owner=owner)
             copies = [p for p in self._settings.kubeconfig_copies if self._root.exists(p)]
-            files = await asyncio.to_thread(writer.add_files, copies)
+            files = await asyncio.to_thread(writer.add_files, copies, plan.layout.files)
             backup = writer.finish(
                 Index(
                     node=self._node,
