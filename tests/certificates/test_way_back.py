@@ -8,7 +8,7 @@ import stat
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 import pytest
@@ -277,10 +277,29 @@ async def test_c5_no_restore_is_begun_while_another_member_is_unhealthy(
         await fix._refuse_without_quorum()
 
 
-def restore_below(folder: Path, uptake: object = None) -> Restore:
+@pytest.mark.parametrize("restart", ["all", "needed", "none"])
+@pytest.mark.parametrize("expired", [(), ("/etc/kubernetes/pki/apiserver.crt",)])
+def test_a_dry_run_of_a_restore_says_what_is_restarted(
+    tmp_path: Path, restart: Literal["all", "needed", "none"], expired: tuple[str, ...]
+) -> None:
+    write(tmp_path, "etc/ssl/etcd/ssl/ca.pem", "x")
+    write(tmp_path, "etc/kubernetes/manifests/kube-scheduler.yaml", "x")
+    fix = restore_below(tmp_path, restart=restart)
+    kept = back_up(Root(tmp_path))
+    said = "\n".join(
+        fix._describe(RestorePlan(backup=kept, path=DIRECTORY, expired=expired, locked=True))
+    )
+    assert ("systemd" in said) == (restart == "all" and not expired)
+    assert (f"kube-scheduler ({restart})" in said) == (restart != "none" and not expired)
+    assert ("restart nothing" in said) == bool(expired)
+
+
+def restore_below(
+    folder: Path, uptake: object = None, *, restart: Literal["all", "needed", "none"] = "all"
+) -> Restore:
     none = cast("Any", None)
     return Restore(
-        Settings(),
+        Settings(restart=restart),
         root=Root(folder),
         uptake=cast("Any", uptake),
         api=none,

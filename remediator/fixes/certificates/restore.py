@@ -132,12 +132,15 @@ class Restore:
         ]
         if any(path.startswith(f"{ETCD_DIRECTORY}/") for path in index.files):
             sentences.append(f"put back {ETCD_DIRECTORY} where its CA is the same as now")
-            sentences.append(f"have systemd restart {UNIT} if that changed its files")
+            if self._settings.restart == "all" and not plan.expired:
+                sentences.append(f"have systemd restart {UNIT} if that changed its files")
         components = components_here(self._root)
         if plan.expired:
             sentences.append("restart nothing, because they have expired")
         elif components and self._settings.restart != "none":
-            sentences.append(f"restart, one after another: {', '.join(components)}")
+            sentences.append(
+                f"restart, one after another: {', '.join(components)} ({self._settings.restart})"
+            )
         return tuple(sentences)
 
     async def _plan(self, name: str, *, forced: bool) -> RestorePlan:
