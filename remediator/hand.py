@@ -21,7 +21,7 @@ from remediator.model import Claim, Condition, Fix, Phase, Remediation, Request,
 from remediator.worker import Worker
 
 if TYPE_CHECKING:  # its module loads what the other fixes never need
-    from remediator.fixes.certificates.restore import Listed
+    from remediator.fixes.certificates.kept import Listed
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _MOST_LEFT = 1000  # remediations that are looked through for what a dead process began

@@ -15,15 +15,14 @@ from exporter.checks.certificates import Root
 from remediator.fixes.certificates.backup import (
     BackupError,
     BackupWriter,
-    directory_problem,
     load,
-    prune,
     put_back,
     read_files,
-    space_problem,
 )
+from remediator.fixes.certificates.backup_place import directory_problem, space_problem
 from remediator.fixes.certificates.copies import renew_copy
 from remediator.fixes.certificates.etcd import Member, quorum_problem
+from remediator.fixes.certificates.kept import prune
 from tests.certificates.conftest import MakePki, StepLog
 from tests.certificates.test_rotate import BACKUPS, NODE, files, rotate, steps
 from tests.cluster.pki import Pki, set_remaining
@@ -46,7 +45,7 @@ async def test_only_so_many_backups_are_kept(make_pki: MakePki) -> None:
         shutil.copytree(folder / name, folder / f"2020010{number}T000000Z")
     (folder / ".partial-x").mkdir()
     (folder / "somebody-elses").mkdir()
-    prune(Root(pki.rootfs), BACKUPS, 3)
+    prune(Root(pki.rootfs), BACKUPS, 3, node="node-1")
     assert {p.name for p in folder.iterdir()} == {
         name,
         "20200106T000000Z",

@@ -150,6 +150,32 @@ def test_what_is_no_backup_is_refused_in_a_sentence(renewed: Pki, tmp_path: Path
     assert remediator(renewed, tmp_path, "restore", name)[0] == 0
 
 
+def test_c51_c52_a_lost_pki_comes_back_and_what_others_changed_stays(
+    make_pki: MakePki, tmp_path: Path
+) -> None:
+    pki = make_pki(timedelta(days=300))
+    encryption = pki.directory / "pki/secrets_encryption.yaml"
+    encryption.write_text("old key")
+    old = files(pki)
+    assert remediator(pki, tmp_path, *ROTATE)[0] == 0
+    encryption.write_text("new key")  # what is encrypted since is lost without it
+    backup = only_backup(pki)
+    status, found, errors = remediator(pki, tmp_path, "restore", backup)
+    assert (status, found["reason"]) == (0, "Restored"), (found, errors)
+    assert encryption.read_text() == "new key"
+    step = found["steps"][-1]
+    assert (step["name"], step["data"]["directory"]) == (
+        "put back",
+        f"/var/lib/upkeep/backups/{backup}",  # the host's: another container may finish it
+    )
+    (pki.directory / "pki/ca.key").unlink()  # every certificate is there still
+    assert remediator(pki, tmp_path, "restore", backup, "--dry-run")[1]["reason"] == "DryRun"
+    shutil.rmtree(pki.directory / "pki")
+    status, found, errors = remediator(pki, tmp_path, "restore", backup)
+    assert (status, found["reason"]) == (0, "Restored"), (found, errors)
+    assert files(pki) == old
+
+
 def test_another_ca_comes_back_only_by_force(renewed: Pki, tmp_path: Path) -> None:
     name = only_backup(renewed)
     before = files(renewed)

@@ -104,6 +104,15 @@ def _wait(event: threading.Event) -> None:
     event.wait(30)
 
 
+@pytest.mark.parametrize(
+    "endpoint", ["127.0.0.1:https", f"127.0.0.1:{10**20}", f"{'a' * 64}.b:443", "x"]
+)
+def test_an_odd_flag_in_a_manifest_is_an_error_of_that_endpoint(endpoint: str) -> None:
+    with pytest.raises(ProbeError) as error:
+        probe(endpoint)
+    assert error.value.reason == "unknown_host"
+
+
 def test_a_server_that_says_nothing_is_given_up() -> None:
     over = threading.Event()
     begun = time.monotonic()

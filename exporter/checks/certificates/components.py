@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from exporter.checks.certificates.files import MAX_BYTES
+from exporter.checks.certificates.files import MAX_BYTES, open_regular
 from exporter.checks.certificates.layouts import KUBERNETES_DIRECTORY, place
 from exporter.checks.certificates.model import Inventory
 from exporter.checks.certificates.parsing import MalformedError, load_yaml
@@ -165,10 +165,13 @@ def etcd_environment(root: Root, prefix: str = "ETCD_") -> dict[str, str]:
 
 def _load_text(root: Root, path: str) -> str:
     try:
-        with Path(root.resolve(path)).open("rb") as file:
-            return file.read(MAX_BYTES).decode("utf-8", "replace")
+        descriptor, _ = open_regular(root.resolve(path))
     except OSError:
         return ""
+    if descriptor is None:
+        return ""
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read(MAX_BYTES).decode("utf-8", "replace")
 
 
 def _load_yaml(root: Root, path: str) -> Any:

@@ -40,6 +40,7 @@ class _Wanted(NamedTuple):
     path: str
     here: str | None
     required: bool
+    named_by_file: bool = False
 
 
 class _Cached(msgspec.Struct, frozen=True):
@@ -117,7 +118,7 @@ class CertificateReader:
                 found.extend(cached.certificates)
                 if cached.contents.problem:
                     errors.append(ReadError(path=wanted.path, reason=cached.contents.problem))
-                for reference in cached.contents.references:
+                for reference in () if wanted.named_by_file else cached.contents.references:
                     self._follow(wanted.path, reference.path, pending, errors)
             self._remember(pattern, directory, wanted_here, used)
         self._cache = used
@@ -219,7 +220,8 @@ class CertificateReader:
     ) -> None:
         path = str(PurePosixPath(kubeconfig).parent / file)  # as kubectl reads it
         try:
-            pending.append(_Wanted(path, self._root.resolve(path), required=True))
+            here = self._root.resolve(path)
+            pending.append(_Wanted(path, here, required=True, named_by_file=True))
         except OSError as error:
             errors.append(ReadError(path=path, reason=_reason(error)))
 
@@ -288,12 +290,10 @@ def _state(found: os.stat_result) -> tuple[int, ...]:
 def _read_stable(here: str, now: float) -> tuple[Contents, tuple[int, ...]]:
     """Read and parse a file that didn't change meanwhile; `changing` where it never stood still."""
     for _ in range(_READ_TRIES):
-        # Without O_NONBLOCK a named pipe in place of a certificate would hang the scrape.
-        descriptor = os.open(here, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor, before = open_regular(here)
+        if descriptor is None:
+            return Contents(problem="not_a_file"), _state(before)
         try:
-            before = os.fstat(descriptor)
-            if not stat.S_ISREG(before.st_mode):
-                return Contents(problem="not_a_file"), _state(before)
             if before.st_size > MAX_BYTES:
                 return Contents(problem="too_large"), _state(before)
             data = _read_all(descriptor)
@@ -310,6 +310,23 @@ def _read_stable(here: str, now: float) -> tuple[Contents, tuple[int, ...]]:
         racy = now - after.st_mtime < _RACY
         return contents, () if racy else _state(after)
     return Contents(problem="changing"), ()
+
+
+def open_regular(here: str) -> tuple[int | None, os.stat_result]:
+    """A descriptor to read a regular file by, None for anything else, and what it is. OSError.
+
+    Anybody's kubeconfig may name anything. To open a device may do something (a watchdog's begins
+    to count), and a pipe has somebody wait for us: so it's looked at before it is opened, and what
+    was looked at is what is opened.
+    """
+    found = os.open(here, os.O_PATH | os.O_CLOEXEC)
+    try:
+        what = os.fstat(found)
+        if not stat.S_ISREG(what.st_mode):
+            return None, what
+        return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC), what
+    finally:
+        os.close(found)
 
 
 def _read_all(descriptor: int) -> bytes:

@@ -18,7 +18,10 @@ from cryptography import x509
 from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+MAX_FOUND = 256
+"""Certificates of one file, and files named in it: every CA of the web is 140."""
 _MAX_NAME = 512  # characters; real names are a tenth of it, and a label value goes into every query
+_MAX_PATH = 4096
 _PEM_BEGIN = b"-----BEGIN "
 _PEM_END = b"-----END "
 _CERTIFICATE_LABELS = (b"CERTIFICATE", b"X509 CERTIFICATE", b"TRUSTED CERTIFICATE")
@@ -120,6 +123,9 @@ def _parse_pem(data: bytes) -> Contents:
         if body is None:
             problem = problem or "truncated"
             continue
+        if len(found) == MAX_FOUND:
+            problem = "too_many"
+            break
         try:
             der = base64.b64decode(b"".join(body.split()), validate=True)
             if label == b"TRUSTED CERTIFICATE":
@@ -201,14 +207,22 @@ def _parse_kubeconfig(data: bytes) -> Contents:
         ("clusters", "cluster", "certificate-authority"),
     ):
         for body in _entries(document.get(entries), entry_kind):
+            if len(found) + len(references) >= MAX_FOUND:
+                problem = "too_many"
+                break
             embedded, file = body.get(f"{key}-data"), body.get(key)
             if isinstance(embedded, str) and embedded:  # it goes before the file, as in kubectl
                 contents = _parse_embedded(embedded)
                 found.extend(contents.certificates)
                 problem = problem or contents.problem
             elif isinstance(file, str) and file:
-                references.append(Reference(path=file))
-    return Contents(certificates=tuple(found), references=tuple(references), problem=problem)
+                if "\0" in file or len(file) > _MAX_PATH:  # no system call takes it
+                    problem = problem or "malformed"
+                else:
+                    references.append(Reference(path=file))
+    return Contents(
+        certificates=tuple(found[:MAX_FOUND]), references=tuple(references), problem=problem
+    )
 
 
 def _entries(entries: object, kind: str) -> Iterator[dict[str, Any]]:

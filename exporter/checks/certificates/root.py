@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 MAGIC = re.compile(r"[*?\[]")
 """What makes a path a pattern."""
 _MAX_LINKS = 40
+_NO_LINK = (errno.EINVAL, errno.ENOENT, errno.ENOTDIR, errno.EACCES)
+"""What readlink says where there is none to follow; who may not look may not open it either."""
 
 
 class Root:
@@ -54,7 +56,7 @@ class Root:
             try:
                 target = os.readlink(self._prefix + here)  # noqa: PTH115 - a hot path
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
+                if error.errno not in _NO_LINK:
                     raise
                 done.append(part)
                 continue

@@ -60,6 +60,8 @@ def probe(
         raise ProbeError("timeout", f"no answer from {endpoint} in {timeout:g} s") from None
     except socket.gaierror as error:
         raise ProbeError("unknown_host", f"{endpoint}: {error.strerror}") from None
+    except (ValueError, OverflowError):  # no number, or too large a one; a name that is none
+        raise ProbeError("unknown_host", f"{endpoint} is no host and port") from None
     except OSError as error:
         refused = error.errno == errno.ECONNREFUSED
         reason = "connection_refused" if refused else "unreachable"

@@ -14,23 +14,24 @@ import stat
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
 from exporter.checks.certificates import Root
-from exporter.checks.certificates.layouts import KUBERNETES_DIRECTORY, PKI_DIRECTORIES
+from exporter.checks.certificates.layouts import KUBERNETES_DIRECTORY
 
 ARCHIVE = "files.tar.gz"
 INDEX = "index.json"
 ETCD_DIRECTORY = "/etc/ssl/etcd"
 SOURCES = (KUBERNETES_DIRECTORY, ETCD_DIRECTORY, "/etc/etcd.env", "/var/lib/kubelet/config.yaml")
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"
+"""How the name of one begins that is being made."""
 _DAMAGED = (OSError, EOFError, tarfile.TarError, zlib.error)
 """What reading an archive that isn't what it was may raise, depending on where it is damaged."""
-_RESERVE = 64 * 1024 * 1024  # bytes to leave free beyond what the backup takes
 
 
 class BackupError(Exception):
@@ -58,60 +59,6 @@ class Backup(msgspec.Struct, frozen=True, kw_only=True):
     index: Index
 
 
-def directory_problem(root: Root, directory: str) -> str:
-    """Why backups can't be kept in a directory of the host, in a sentence; empty where they can."""
-    if not directory.startswith("/"):
-        return f"backup_directory {directory!r} is not an absolute path"
-    real = PurePosixPath(root.real(directory))
-    for source in SOURCES:
-        if real.is_relative_to(root.real(source)):
-            return (
-                f"backup_directory {directory} lies in {source}, where the kubelet could run it "
-                "and a backup would hold itself; choose another"
-            )
-    return _link_problem(root)
-
-
-def _link_problem(root: Root) -> str:
-    """Which file of the PKI a backup would miss, since a link leads to it; empty where none."""
-    kept = [root.real(source) for source in SOURCES]
-    for directory in PKI_DIRECTORIES:
-        here = root.resolve(directory)
-        for folder, folders, names in os.walk(here):
-            for name in [*folders, *names, "."]:
-                path = str(PurePosixPath(directory, Path(folder).relative_to(here), name))
-                real = PurePosixPath(root.real(path))
-                if not any(real.is_relative_to(source) for source in kept):
-                    return f"{path} is {real}, which a backup would not hold: move it to {path}"
-    return ""
-
-
-def space_problem(root: Root, directory: str, extra: int = 0) -> str:
-    """Why the disk can't hold a backup, in a sentence; empty where it can. extra: bytes more."""
-    needed = extra + _RESERVE
-    for path in _existing(root):
-        for folder, _, names in os.walk(root.resolve(path)):
-            needed += sum(_size(Path(folder) / name) for name in names)
-    here = Path(root.resolve(directory))
-    while not here.exists():
-        here = here.parent
-    space = os.statvfs(here)
-    free = space.f_bavail * space.f_frsize
-    if free >= needed:
-        return ""
-    return (
-        f"{directory} has {free >> 20} MiB free and a backup needs {needed >> 20} MiB; make room "
-        "or choose another backup_directory"
-    )
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.lstat().st_size
-    except OSError:
-        return 0
-
-
 class BackupWriter:
     """A backup being made. Leave it by `finish` or `discard`."""
 
@@ -119,7 +66,7 @@ class BackupWriter:
         """name: of the finished backup. BackupError where it can't be begun."""
         self._root = root
         self._final = Path(root.resolve(directory)) / name
-        self.partial = self._final.with_name(_PARTIAL + name)
+        self.partial = self._final.with_name(PARTIAL + name)
         """Where it's being made; an etcd snapshot is put here too."""
         try:
             self._final.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -129,8 +76,11 @@ class BackupWriter:
         except OSError as error:
             raise BackupError(f"{directory} can't be written: {error.strerror}") from None
 
-    def add_files(self, copies: Sequence[str]) -> dict[str, str]:
-        """Put the control plane's files and `copies` into it; SHA-256 by path. BackupError."""
+    def add_files(self, copies: Sequence[str], needed: Sequence[str] = ()) -> dict[str, str]:
+        """Put the control plane's files and `copies` into it; SHA-256 by path. BackupError.
+
+        needed: paths without which it would be no way back.
+        """
         archive = self.partial / ARCHIVE
         hashes: dict[str, str] = {}
         try:
@@ -140,26 +90,30 @@ class BackupWriter:
                 gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as packed,
                 tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
             ):
-                for path in [*_existing(self._root), *copies]:
+                for path in [*existing(self._root), *copies]:
                     self._add(tar, path, hashes)
             _check_archive(archive, hashes)
         except _DAMAGED as error:
             why = getattr(error, "strerror", None) or str(error)
             raise BackupError(f"the backup could not be written: {why}") from None
+        for path in needed:
+            if path not in hashes and self._root.real(path) not in hashes:
+                raise BackupError(f"{path} did not get into the backup")
         return hashes
 
     def _add(self, tar: tarfile.TarFile, path: str, hashes: dict[str, str]) -> None:
-        here = Path(self._root.resolve(path))
+        # A link that was named is followed: it's what it leads to that is to be kept.
+        here = Path(self._root.resolve(self._root.real(path)))
         if stat.S_ISSOCK(here.lstat().st_mode):  # tarfile has no form for it
             return
         info = tar.gettarinfo(str(here), arcname=path.lstrip("/"))
-        if info.isreg():
+        if info.isreg() or info.islnk():
+            info.type, info.linkname = tarfile.REGTYPE, ""  # of two hard links, both in full
             with here.open("rb") as file:
                 info.size = os.fstat(file.fileno()).st_size
-                data = file.read(info.size)
-            hashes[path] = hashlib.sha256(data).hexdigest()
-            info.type = tarfile.REGTYPE  # of two hard links, both in full
-            tar.addfile(info, _Bytes(data))
+                hashed = _Hashed(file)
+                tar.addfile(info, hashed)
+            hashes[path] = hashed.digest.hexdigest()
             return
         tar.addfile(info)
         if info.isdir():
@@ -169,7 +123,8 @@ class BackupWriter:
                     link = tar.gettarinfo(child.path, arcname=below.lstrip("/"))
                     tar.addfile(link)
                 else:
-                    self._add(tar, below, hashes)
+                    with suppress(FileNotFoundError):  # an editor's, gone meanwhile
+                        self._add(tar, below, hashes)
 
     def finish(self, index: Index) -> Backup:
         """Write what it holds, put all of it on disk, and give it its name. BackupError."""
@@ -191,37 +146,42 @@ class BackupWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
-class _Bytes:
-    """The least that tarfile reads from; io.BytesIO would copy the keys once more."""
+class _Hashed:
+    """The least that tarfile reads from; what it has read is hashed, whatever its size."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data = memoryview(data)
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
-        part, self._data = self._data[:size], self._data[size:]
-        return bytes(part)
+        part = self._file.read(size)
+        self.digest.update(part)
+        return part
 
 
-def _existing(root: Root) -> list[str]:
+def existing(root: Root) -> list[str]:
+    """Which of SOURCES there are."""
     return [path for path in SOURCES if root.exists(path)]
 
 
-def _contents(
+def _members(
     archive: Path, wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
-    """Path on the host, owner and mode, and data of each wanted regular file. `_DAMAGED`."""
+) -> Iterator[tuple[str, tarfile.TarInfo, IO[bytes] | None]]:
+    """Path on the host, owner and mode, and content of each wanted regular file, each after the
+    directories above it, which have no content. `_DAMAGED`."""
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             path = "/" + member.name
-            if member.isreg() and wanted(path) and (file := tar.extractfile(member)) is not None:
-                yield path, member, file.read()
+            if member.isdir() or (member.isreg() and wanted(path)):
+                yield path, member, tar.extractfile(member)
 
 
 def _check_archive(archive: Path, hashes: Mapping[str, str]) -> None:
     """Read it back: an archive is a backup only once it has been read."""
     found = {
-        path: hashlib.sha256(data).hexdigest()
-        for path, _, data in _contents(archive, lambda _path: True)
+        path: hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        for path, _, file in _members(archive, lambda _path: True)
+        if file is not None
     }
     if found != hashes:
         raise BackupError("the backup does not hold what was put into it; is the disk faulty?")
@@ -250,7 +210,8 @@ def load(directory: Path) -> Backup:
 def read_files(backup: Backup, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """The contents of its files whose path `wanted` is true for. BackupError."""
     try:
-        return {path: data for path, _, data in _contents(backup.directory / ARCHIVE, wanted)}
+        found = _members(backup.directory / ARCHIVE, wanted)
+        return {path: file.read() for path, _, file in found if file is not None}
     except _DAMAGED as error:
         why = getattr(error, "strerror", None) or str(error)
         raise BackupError(f"backup {backup.directory} can't be read: {why}") from None
@@ -259,27 +220,66 @@ def read_files(backup: Backup, wanted: Callable[[str], bool]) -> dict[str, bytes
 def put_back(root: Root, backup: Backup, paths: Iterable[str]) -> list[str]:
     """Put files back as they were, owner and mode too; the paths that had changed.
 
-    Each by a rename, so that a crash leaves the one or the other whole. Times are of now: whoever
-    started before must be seen to have started before. BackupError where it can't be done.
+    Each by a rename, so that a crash leaves the one or the other whole; a directory that is gone is
+    made again. Times are of now: whoever started before must be seen to have started before. A
+    right content is left alone, so its time is too. BackupError where it can't be done.
     """
     wanted = {_archived(root, backup, path) for path in paths}
+    folders: dict[str, tarfile.TarInfo] = {}
     changed = []
     try:
-        for path, member, data in _contents(backup.directory / ARCHIVE, wanted.__contains__):
+        for path, member, file in _members(backup.directory / ARCHIVE, wanted.__contains__):
+            if file is None:
+                folders[path] = member
+                continue
             wanted.discard(path)
+            data = file.read()
             if hashlib.sha256(data).hexdigest() != backup.index.files.get(path):
                 raise tarfile.ReadError(f"{path} in it is damaged")
-            target = Path(root.resolve(path))
-            if target.exists() and target.read_bytes() == data:
-                continue
-            replace(target, data, mode=member.mode, owner=(member.uid, member.gid))
-            changed.append(path)
+            if _put(root, path, data, member, folders):
+                changed.append(path)
     except _DAMAGED as error:
         why = getattr(error, "strerror", None) or str(error)
         raise BackupError(f"backup {backup.directory} could not be put back: {why}") from None
     if wanted:
         raise BackupError(f"backup {backup.directory} does not hold {', '.join(sorted(wanted))}")
     return changed
+
+
+def _put(
+    root: Root,
+    path: str,
+    data: bytes,
+    member: tarfile.TarInfo,
+    folders: Mapping[str, tarfile.TarInfo],
+) -> bool:
+    """Whether a file had to be changed to be as it was. OSError."""
+    target = Path(root.resolve(path))
+    mode, owner = stat.S_IMODE(member.mode), (member.uid, member.gid)
+    if not target.is_file() or target.read_bytes() != data:
+        for above in reversed(PurePosixPath(path).parents):
+            _make(Path(root.resolve(str(above))), folders.get(str(above)))
+        replace(target, data, mode=mode, owner=owner)
+        return True
+    found = target.stat()
+    if (found.st_uid, found.st_gid) == owner and stat.S_IMODE(found.st_mode) == mode:
+        return False
+    os.chown(target, *owner)
+    target.chmod(mode)  # after it, since a change of owner may take bits of it away
+    sync(target)
+    return True
+
+
+def _make(directory: Path, was: tarfile.TarInfo | None) -> None:
+    """A directory that is gone, as it was. OSError."""
+    if directory.is_dir():
+        return
+    directory.mkdir(mode=0o700)
+    if was is not None:
+        if (os.geteuid(), os.getegid()) != (was.uid, was.gid):
+            os.chown(directory, was.uid, was.gid)
+        directory.chmod(stat.S_IMODE(was.mode))
+    sync(directory.parent)
 
 
 def _archived(root: Root, backup: Backup, path: str) -> str:
@@ -306,16 +306,3 @@ def replace(target: Path, data: bytes, *, mode: int, owner: tuple[int, int]) -> 
         temporary.unlink(missing_ok=True)
         raise
     sync(target.parent)
-
-
-def prune(root: Root, directory: str, keep: int) -> list[str]:
-    """Remove all but the newest `keep` finished backups, and what dead rotations began."""
-    here = Path(root.resolve(directory))
-    if not here.is_dir():
-        return []
-    finished = sorted(p for p in here.iterdir() if (p / INDEX).is_file() and p.name[0] != ".")
-    begun = [p for p in here.iterdir() if p.name.startswith(_PARTIAL)]
-    removed = finished[:-keep] + begun
-    for path in removed:
-        shutil.rmtree(path, ignore_errors=True)
-    return [path.name for path in removed]

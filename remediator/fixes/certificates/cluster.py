@@ -1,5 +1,7 @@
 """What the rest of the cluster must be like for this node to rotate; asked, never changed."""
 
+from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import yaml
@@ -10,9 +12,13 @@ from exporter.kubernetes.access import AccessError
 from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.plan import RefusedError
+from remediator.model import CheckError
 
 _ROLES = ("node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master")
 OPT_OUT = "upkeep.dev/remediation"
+_NODE_LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
+_CLOCKS = 5  # other nodes that are asked for the time
+_APART = 300.0  # seconds that two clocks may be apart; a kubelet says its time every 10
 _CONFIGURATION = "/api/v1/namespaces/kube-system/configmaps/kubeadm-config"
 
 
@@ -33,16 +39,51 @@ async def refuse_unready_peers(api: ApiServer, node: str) -> None:
         )
 
 
+async def refuse_wrong_clock(api: ApiServer, node: str, clock: Callable[[], float]) -> None:
+    """RefusedError where no other node agrees on the time. ApiError, AccessError.
+
+    By a clock that is ahead, certificates end that don't, and new ones begin when it is that late
+    for everybody else. Ready nodes' kubelets write their own time into their Leases.
+    """
+    nodes = await api.get("/api/v1/nodes?limit=50")
+    names = [n["metadata"]["name"] for n in (nodes or {}).get("items", ()) if _is_ready(n)]
+    apart = {}
+    for name in [name for name in names if name != node][:_CLOCKS]:
+        lease = await api.get(f"{_NODE_LEASES}/{name}")
+        try:
+            said = datetime.fromisoformat(str(lease["spec"]["renewTime"])).timestamp()
+        except (TypeError, KeyError, ValueError):
+            continue
+        if abs(clock() - said) <= _APART:
+            return
+        apart[name] = clock() - said
+    if apart:
+        by = min(apart.values(), key=abs)
+        raise RefusedError(
+            "ClockWrong",
+            f"the clock is {abs(by):.0f} s {'ahead of' if by > 0 else 'behind'} that of "
+            f"{', '.join(apart)}; set whichever is wrong",
+        )
+
+
 async def opted_out(api: ApiServer, node: str) -> str:
     """Which annotation forbids acting on the node, as a sentence; empty where none does.
 
-    Without an API server only the configuration's own list counts, which the worker has read.
+    Where an API server answers, not to know is no leave: CheckError. Without one only the
+    configuration's own list counts, which the worker has read.
     """
     try:
         found = await api.get(f"/api/v1/nodes/{node}")
-    except (ApiError, AccessError):
-        return ""
-    annotations = ((found or {}).get("metadata") or {}).get("annotations") or {}
+    except (ApiError, AccessError) as error:
+        raise CheckError(
+            f"whether an annotation of node {node} forbids it can't be read: {error}"
+        ) from None
+    if found is None:
+        raise CheckError(
+            f"the cluster has no node {node}, so whether an annotation forbids it can't be read; "
+            "give the node's name in it with --node-name"
+        )
+    annotations = (found.get("metadata") or {}).get("annotations") or {}
     if annotations.get(OPT_OUT) != "disabled":
         return ""
     return f"the annotation {OPT_OUT}: disabled on node {node} forbids it"
@@ -55,14 +96,12 @@ def _is_ready(node: dict[str, Any]) -> bool:
 
 async def fetch_configuration(api: ApiServer, root: Root, node: str) -> str:
     """The cluster's kubeadm configuration, made fit for `kubeadm --config`; empty if it has none.
+    ApiError, AccessError.
 
     kubeadm looks up an address and a container runtime where the file names none, which fails on
     odd machines and is of no use here: so it is told.
     """
-    try:
-        found = await api.get(_CONFIGURATION)
-    except (ApiError, AccessError):
-        return ""
+    found = await api.get(_CONFIGURATION)
     text = ((found or {}).get("data") or {}).get("ClusterConfiguration", "")
     try:
         version = yaml.safe_load(text)["apiVersion"]

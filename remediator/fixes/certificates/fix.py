@@ -15,19 +15,14 @@ from exporter.logs import get_logger
 from remediator.fixes.certificates import commands
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.cluster import opted_out
+from remediator.fixes.certificates.kept import Listed, list_backups
 from remediator.fixes.certificates.kubeadm import Kubeadm
 from remediator.fixes.certificates.layout import Layout, Pair, read_layout
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import RefusedError, RotationPlan
 from remediator.fixes.certificates.preflight import Preflight
 from remediator.fixes.certificates.renewal import await_kubeadm
-from remediator.fixes.certificates.restore import (
-    PUT_BACK,
-    Listed,
-    Restore,
-    Restoring,
-    list_backups,
-)
+from remediator.fixes.certificates.restore import PUT_BACK, Restore, Restoring
 from remediator.fixes.certificates.rotation import INTERRUPTED, Rotation
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import Uptake

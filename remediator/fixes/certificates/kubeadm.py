@@ -25,6 +25,7 @@ _USUAL_CONFIGURATIONS = (
     "/etc/kubernetes/kubeadm.yaml",
 )
 
+_VERSION = re.compile(r"^v([0-9]+)\.([0-9]+)\.", re.MULTILINE)
 _ENCODED = re.compile(r"[A-Za-z0-9+/=]{48,}")
 
 
@@ -60,13 +61,12 @@ class Kubeadm:
     async def version(self) -> tuple[int, int]:
         """Major and minor. KubeadmError where it doesn't run or is too old."""
         done = await self._kubeadm("version", "--output", "short")
-        try:
-            major, minor = done.output.splitlines()[-1].lstrip("v").split(".")[:2]
-            version = int(major), int(minor)
-        except (ValueError, IndexError):
-            raise KubeadmError("KubeadmFailed", "kubeadm does not say its version") from None
+        found = _VERSION.search(done.output)  # warnings may stand around it
+        if found is None:
+            raise KubeadmError("KubeadmFailed", "kubeadm does not say its version")
+        version = int(found[1]), int(found[2])
         if version < _OLDEST:
-            raise KubeadmError("KubeadmTooOld", f"kubeadm {major}.{minor} is older than 1.15")
+            raise KubeadmError("KubeadmTooOld", f"kubeadm {found[1]}.{found[2]} is older than 1.15")
         return version
 
     async def renew_all(self, config: str) -> str:
@@ -126,6 +126,12 @@ def certificates_directory(configuration: str) -> str:
     """The `certificatesDir` that a kubeadm configuration names; empty where it names none."""
     named = _of_cluster(configuration, "certificatesDir")
     return str(PurePosixPath(named)) if named else ""
+
+
+def cluster_version(configuration: str) -> tuple[int, int] | None:
+    """The `kubernetesVersion` of a kubeadm configuration; None where it has none, or a channel."""
+    found = re.match(r"v?([0-9]+)\.([0-9]+)\.", _of_cluster(configuration, "kubernetesVersion"))
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def certificate_life(configuration: str) -> float | None:

@@ -51,6 +51,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """`stacked` (a static pod), `host` (a systemd unit), or empty: elsewhere."""
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """The paths of every certificate and key, which is what kubeadm writes."""
+        return tuple(path for pair in self.pairs for path in (pair.certificate.path, pair.key))
+
+    @property
     def serials(self) -> dict[str, str]:
         """What identifies a state of all pairs: name to serial."""
         return {pair.name: pair.certificate.serial for pair in self.pairs}

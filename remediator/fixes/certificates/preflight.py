@@ -10,22 +10,27 @@ from pathlib import Path
 
 import msgspec
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_private_key,
-)
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.utils import CryptographyDeprecationWarning
 
 from exporter.checks.certificates import DAY, Certificate, Root, is_due
+from exporter.checks.certificates.components import manifest_flags
+from exporter.checks.certificates.layouts import PKI_DIRECTORIES
 from exporter.kubernetes.access import AccessError
 from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
-from remediator.fixes.certificates.backup import directory_problem, space_problem
+from remediator.fixes.certificates.backup_place import (
+    directory_problem,
+    link_problem,
+    size_of,
+    space_problem,
+)
 from remediator.fixes.certificates.cluster import (
     default_configuration,
     fetch_configuration,
     refuse_unready_peers,
+    refuse_wrong_clock,
 )
 from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access, quorum_problem
 from remediator.fixes.certificates.kubeadm import (
@@ -33,6 +38,7 @@ from remediator.fixes.certificates.kubeadm import (
     KubeadmError,
     certificate_life,
     certificates_directory,
+    cluster_version,
     find_configuration,
     read_configuration,
 )
@@ -50,6 +56,14 @@ from remediator.fixes.certificates.uptake import newest_write
 
 NEW_LIFE = 365.0 * DAY
 """Seconds that kubeadm gives a certificate unless its configuration says otherwise."""
+_NEEDED_BY_API = {
+    "admin.conf",
+    "apiserver",
+    "apiserver-etcd-client",
+    "etcd-server",
+    "etcd-peer",
+}
+"""Without any of these it's gone, or doesn't know us any more."""
 _CLOCK_TOLERANCE = 300.0  # seconds
 _BACKDATED = 300.0  # seconds: so much before now a certificate begins that has a life of its own
 
@@ -66,6 +80,7 @@ class Preflight:
         "WouldNotHelp",
         "KubeadmMissing",
         "KubeadmTooOld",
+        "KubeadmTooNew",
         "KubeadmFailed",
         "NoConfiguration",
         "BackupImpossible",
@@ -107,16 +122,24 @@ class Preflight:
         recovery, fetched = False, ""
         if "kube-apiserver" in components:
             try:
-                fetched = await self._check_cluster(layout)
+                await self._lease.check()
             except (ApiError, AccessError) as error:
                 await self._refuse_unless_expired(layout, str(error), by_person=by_person)
                 recovery = True
+            else:
+                fetched = await self._check_cluster(layout)
         config = self._configuration(layout, fetched=bool(fetched))
+        if recovery and "etcd" in components:
+            data = manifest_flags(self._root, "etcd").get("data-dir", "/var/lib/etcd")
+            self._check_space(await asyncio.to_thread(size_of, self._root, data))
         if recovery and not config:
             fetched = default_configuration(version, self._root, self._node)
             config = saved_configuration(self._settings)
         text = fetched if config == saved_configuration(self._settings) and fetched else ""
-        life = certificate_life(text or read_configuration(self._root, config))
+        text = text or read_configuration(self._root, config)
+        if config:
+            self._check_configuration(config, text, layout, version)
+        life = certificate_life(text)
         self._refuse_what_would_not_help(layout, life)
         return RotationPlan(
             layout=layout,
@@ -128,10 +151,16 @@ class Preflight:
         )
 
     async def _check_cluster(self, layout: Layout) -> str:
-        """The cluster's kubeadm configuration, once it is seen to be fit. ApiError: no answer."""
-        await self._lease.check()
-        if self._settings.require_ready_peers:
-            await refuse_unready_peers(self._api, self._node)
+        """The cluster's kubeadm configuration, once it is seen to be fit."""
+        try:
+            if self._settings.require_ready_peers:
+                await refuse_unready_peers(self._api, self._node)
+            await refuse_wrong_clock(self._api, self._node, self._clock)
+            fetched = await fetch_configuration(self._api, self._root, self._node)
+        except (ApiError, AccessError) as error:  # so it isn't gone, and nothing to recover from
+            raise RefusedError(
+                "ApiUnreachable", f"{error}; it had answered a moment before: look at it first"
+            ) from None
         access = find_access(self._root, layout.pki)
         if access is not None:
             try:
@@ -145,16 +174,17 @@ class Preflight:
                 raise RefusedError("EtcdUnhealthy", problem)
             size = int(status.get("dbSize") or 0)
             self._check_space(size if self._settings.etcd_snapshot else 0)
-        return await fetch_configuration(self._api, self._root, self._node)
+        return fetched
 
     async def _refuse_unless_expired(self, layout: Layout, why: str, *, by_person: bool) -> None:
         """An API that's gone because certificates expired is what recovery is for; else refuse."""
         now = self._clock()
         expired = [p.name for p in layout.pairs if p.certificate.remaining(now) < 0]
-        if not expired:
+        if not _NEEDED_BY_API.intersection(expired):
             raise RefusedError(
                 "ApiUnreachable",
-                f"{why}; no certificate has expired, so that has another cause: mend it first",
+                f"{why}; no certificate that it needs has expired, so that has another cause: mend "
+                "it first",
             )
         mode = self._settings.recovery
         if by_person and mode != "never":
@@ -190,7 +220,8 @@ class Preflight:
         for pair in layout.pairs:
             self._check_pair(pair)
         directory = self._settings.backup_directory
-        if problem := directory_problem(self._root, directory):
+        problem = directory_problem(self._root, directory)
+        if problem := problem or link_problem(self._root, layout.files):
             raise RefusedError("BackupImpossible", problem)
         self._check_space(0)
 
@@ -274,19 +305,25 @@ class Preflight:
                 f"{ca}.key is not on this node, so kubeadm can't renew what {ca}.crt signs; renew "
                 "it where the CA is kept, or put the key there",
             ) from None
-        except (OSError, ValueError, TypeError) as error:
+        except TypeError:
+            raise RefusedError(
+                "CAKeyMissing", f"{ca}.key is behind a password, which nobody gives kubeadm"
+            ) from None
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
             raise RefusedError(
                 "CAKeyMissing", f"{ca}.key can't be read ({type(error).__name__})"
             ) from None
-        shape = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        if public.public_bytes(*shape) != certificate.public_key().public_bytes(*shape):
+        if public != certificate.public_key():
             raise RefusedError("CAKeyMissing", f"{ca}.key is not the key of {ca}.crt")
 
     def _configuration(self, layout: Layout, *, fetched: bool) -> str:
         saved = saved_configuration(self._settings)
         if fetched and not self._settings.kubeadm_config:
             return saved  # written from the cluster's own before it is used
-        path = find_configuration(self._root, self._settings.kubeadm_config, saved)
+        chosen = self._settings.kubeadm_config
+        if chosen and not self._root.exists(chosen):
+            raise RefusedError("NoConfiguration", f"kubeadm_config {chosen} is not there")
+        path = find_configuration(self._root, chosen, saved)
         if not path:
             if layout.pki == "/etc/kubernetes/pki" and layout.etcd != "host":
                 return ""  # kubeadm's defaults are this very layout
@@ -295,11 +332,24 @@ class Preflight:
                 f"certificates are in {layout.pki} and the cluster's kubeadm configuration is not "
                 "known; name it in kubeadm_config",
             )
-        named = certificates_directory(read_configuration(self._root, path))
-        if named and self._root.real(named) != self._root.real(layout.pki):
+        return path
+
+    def _check_configuration(
+        self, path: str, text: str, layout: Layout, version: tuple[int, int]
+    ) -> None:
+        """RefusedError where kubeadm would renew other files than these, or not take it at all."""
+        named = certificates_directory(text) or PKI_DIRECTORIES[0]
+        if self._root.real(named) != self._root.real(layout.pki):
             raise RefusedError(
                 "NoConfiguration",
                 f"{path} says certificates are in {named}, but they are in {layout.pki}; name the "
                 "right configuration in kubeadm_config",
             )
-        return path
+        of_cluster = cluster_version(text)
+        if of_cluster and of_cluster < (version[0], version[1] - 1):
+            raise RefusedError(
+                "KubeadmTooNew",
+                f"kubeadm {version[0]}.{version[1]} takes no configuration of a cluster of "
+                f"{of_cluster[0]}.{of_cluster[1]}, which {path} is of; install kubeadm "
+                f"{of_cluster[0]}.{of_cluster[1]}, or name it in `kubeadm`",
+            )

@@ -107,7 +107,7 @@ async def roll_back(
 
     name, data: of the step.
     """
-    paths = [path for path in backup.index.files if _is_kubeadms(path, backup.index.serials)]
+    paths = [path for path in backup.index.files if is_kubeadms(path, backup.index.serials)]
     message = f"put back the files of {backup.directory.name}"
     async with steps.step(name, message, **data) as step:
         try:
@@ -125,7 +125,7 @@ def expired_in(backup: Backup, now: float) -> list[str]:
     """The paths of kubeadm's leafs in a backup that have ended. BackupError."""
     wanted = read_files(
         backup,
-        lambda path: _is_kubeadms(path, backup.index.serials) and path.endswith((".crt", ".conf")),
+        lambda path: is_kubeadms(path, backup.index.serials) and path.endswith((".crt", ".conf")),
     )
     return sorted(
         path
@@ -134,8 +134,9 @@ def expired_in(backup: Backup, now: float) -> list[str]:
     )
 
 
-def _is_kubeadms(path: str, names: Mapping[str, str]) -> bool:
+def is_kubeadms(path: str, names: Mapping[str, str]) -> bool:
+    """Whether a file is a certificate, key or kubeconfig of kubeadm's. names: of its leafs."""
     pure = Path(path)
     if any(pure.is_relative_to(directory) for directory in PKI_DIRECTORIES):
-        return True
+        return pure.suffix in (".crt", ".key", ".pub")  # encryption of secrets may lie there too
     return str(pure.parent) == "/etc/kubernetes" and pure.name in names

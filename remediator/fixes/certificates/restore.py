@@ -5,36 +5,37 @@ way back too. The step `put back` names the backup: whoever comes after a crash 
 """
 
 import asyncio
-import stat
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
 from exporter.checks.certificates import Root
-from exporter.checks.certificates.parsing import parse
+from exporter.checks.certificates.layouts import PKI_DIRECTORIES, pki_directory
 from exporter.kubernetes.access import AccessError
 from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.backup import (
-    ARCHIVE,
     ETCD_DIRECTORY,
-    INDEX,
     Backup,
     BackupError,
     BackupWriter,
     Index,
     load,
     put_back,
-    read_files,
 )
+from remediator.fixes.certificates.backup_place import directory_problem, space_problem
 from remediator.fixes.certificates.cluster import opted_out
+from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access, quorum_problem
 from remediator.fixes.certificates.host_etcd import UNIT, restorable_files
-from remediator.fixes.certificates.layout import PairError, check_pair, read_layout
+from remediator.fixes.certificates.kept import BEFORE_RESTORE, is_whole_set
+from remediator.fixes.certificates.layout import Layout, PairError, check_pair, read_layout
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import RefusedError, components_here
 from remediator.fixes.certificates.renewal import expired_in, roll_back
+from remediator.fixes.certificates.restorable import foreign, is_there, usable
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import Uptake
 from remediator.model import (
@@ -49,13 +50,14 @@ from remediator.model import (
 )
 
 PUT_BACK = "put back"
-_KEPT = "-before-restore"
 
 
 class RestorePlan(msgspec.Struct, frozen=True, kw_only=True):
     """What a restore is going to do."""
 
     backup: Backup
+    path: str
+    """Its directory as the host names it."""
     expired: tuple[str, ...]
     """Paths of what has ended: then nothing is restarted, since nothing would work with it."""
     locked: bool
@@ -130,26 +132,25 @@ class Restore:
         ]
         if any(path.startswith(f"{ETCD_DIRECTORY}/") for path in index.files):
             sentences.append(f"put back {ETCD_DIRECTORY} where its CA is the same as now")
-            sentences.append(f"have systemd restart {UNIT} if that changed its files")
+            if self._settings.restart == "all" and not plan.expired:
+                sentences.append(f"have systemd restart {UNIT} if that changed its files")
         components = components_here(self._root)
         if plan.expired:
             sentences.append("restart nothing, because they have expired")
         elif components and self._settings.restart != "none":
-            sentences.append(f"restart, one after another: {', '.join(components)}")
+            sentences.append(
+                f"restart, one after another: {', '.join(components)} ({self._settings.restart})"
+            )
         return tuple(sentences)
 
     async def _plan(self, name: str, *, forced: bool) -> RestorePlan:
         directory = Path(self._root.resolve(self._path(name)))
-        backup = await asyncio.to_thread(self._usable, directory, name)
+        backup = await asyncio.to_thread(usable, directory, name)
         index = backup.index
         if index.node != self._node:
             raise RefusedError("BackupForeign", f"{name} is of node {index.node}, not {self._node}")
-        if not forced and await asyncio.to_thread(self._has_other_ca, backup):
-            raise RefusedError(
-                "BackupForeign",
-                f"{name} has another CA than this node has now: with it the node would fall out "
-                "of its cluster, unless that is what was lost; then --force",
-            )
+        if not forced and (why := await asyncio.to_thread(foreign, self._root, backup)):
+            raise RefusedError("BackupForeign", f"{name} has another {why}; then --force")
         expired = tuple(await asyncio.to_thread(expired_in, backup, self._clock()))
         if expired and not forced:
             raise RefusedError(
@@ -157,52 +158,37 @@ class Restore:
                 f"expired in {name}: {', '.join(expired)}; renew instead, or --force where even "
                 "they are better than what is there",
             )
-        if not forced and await asyncio.to_thread(self._serials) == index.serials:
+        if not forced and await asyncio.to_thread(is_there, self._root, backup):
             raise RefusedError("AlreadyThere", f"the files of {name} are those on this node")
+        where = self._settings.backup_directory
+        problem = directory_problem(self._root, where)
+        if problem := problem or await asyncio.to_thread(space_problem, self._root, where):
+            raise RefusedError("BackupImpossible", f"what is there now can't be kept: {problem}")
+        plan = RestorePlan(backup=backup, path=self._path(name), expired=expired, locked=True)
         try:
             await self._lease.check()
         except (ApiError, AccessError):  # perhaps the very reason why it's asked for
-            return RestorePlan(backup=backup, expired=expired, locked=False)
-        return RestorePlan(backup=backup, expired=expired, locked=True)
+            return msgspec.structs.replace(plan, locked=False)
+        if not forced and not expired:
+            await self._refuse_without_quorum()
+        return plan
+
+    async def _refuse_without_quorum(self) -> None:
+        """RefusedError where etcd could not be restarted now: better before than half-way."""
+        access = find_access(self._root, pki_directory(self._root.exists))
+        if access is None or self._settings.restart != "all":
+            return
+        etcd = Etcd(self._root, access)
+        try:
+            members = await etcd.members() if await etcd.healthy() else ()
+            problem = quorum_problem(members, await etcd.unhealthy(members))
+        except EtcdError:  # what is put back may be just what it lacks
+            return
+        if problem:
+            raise RefusedError("EtcdUnhealthy", problem)
 
     def _path(self, name: str) -> str:
         return name if name.startswith("/") else f"{self._settings.backup_directory}/{name}"
-
-    def _usable(self, directory: Path, name: str) -> Backup:
-        """A backup that is whole, and that nobody but its owner could have read or changed."""
-        if not (directory / INDEX).is_file():
-            raise RefusedError(
-                "NoBackup",
-                f"there is no finished backup {name}; `upkeep-remediator restore` lists them",
-            )
-        for path in (directory, directory / INDEX, directory / ARCHIVE):
-            if path.exists() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
-                raise RefusedError(
-                    "BackupOpen",
-                    f"{path.name} has mode {mode:04o}: others may have read or changed it; look at "
-                    "it, then take their rights away",
-                )
-        try:
-            backup = load(directory)
-        except BackupError as error:
-            raise RefusedError("BackupUnsound", str(error)) from None
-        if not backup.index.serials or any(
-            ".." in PurePosixPath(p).parts for p in backup.index.files
-        ):
-            raise RefusedError(
-                "BackupUnsound",
-                f"{name} has no whole set of certificates and keys: it can be looked into, not put "
-                "back",
-            )
-        return backup
-
-    def _has_other_ca(self, backup: Backup) -> bool:
-        kept = read_files(backup, lambda path: path.endswith("ca.crt"))
-        for path, data in kept.items():
-            here = Path(self._root.resolve(path))
-            if here.is_file() and _fingerprints(here.read_bytes()) != _fingerprints(data):
-                return True
-        return False
 
     async def run(self, plan: RestorePlan, steps: Steps) -> Outcome:
         """Do it. FixError where it ended otherwise."""
@@ -239,7 +225,7 @@ class Restore:
 
     async def _keep_present(self, steps: Steps) -> str:
         created = datetime.fromtimestamp(self._clock(), UTC)
-        name = created.strftime("%Y%m%dT%H%M%SZ") + _KEPT
+        name = created.strftime("%Y%m%dT%H%M%SZ") + BEFORE_RESTORE
         async with steps.step("backup", f"keep what is there now as {name}") as step:
             writer = BackupWriter(self._root, self._settings.backup_directory, name)
             try:
@@ -264,11 +250,9 @@ class Restore:
     async def _use(self, plan: RestorePlan, kept: str, steps: Steps) -> Outcome:
         """Files, restarts, verification: each may be done twice. FixError."""
         name = plan.backup.directory.name
-        data = {"directory": str(plan.backup.directory), "kept": kept, "locked": plan.locked}
         try:
-            layout = await roll_back(self._root, plan.backup, steps, name=PUT_BACK, **data)
-            if layout.etcd == "host":
-                await self._put_back_etcd(plan.backup, steps)
+            counted = await self._has_healthy_etcd(pki_directory(self._root.exists))
+            layout = await _to_its_end(self._put_back(plan, kept, steps))
             if plan.expired:
                 return Outcome(
                     phase=Phase.SUCCEEDED,
@@ -277,14 +261,17 @@ class Restore:
                     "restarted: upkeep-remediator run rotate-certificates --force",
                 )
             components = components_here(self._root)
-            await self._uptake.restart(components, layout, steps, quorum=plan.locked)
+            counted = counted or await self._has_healthy_etcd(layout.pki)
+            quorum = plan.locked and counted
+            await self._uptake.restart(components, layout, steps, quorum=quorum)
             if "kube-apiserver" in components and self._settings.restart != "none":
                 await self._uptake.verify(components, layout, steps)
         except Exception as error:
+            back = f"what was there before is {kept}"
+            if is_whole_set(self._root, self._settings.backup_directory, kept):
+                back = f"what was there before: upkeep-remediator restore {kept}"
             raise FixError(
-                "RestoreFailed",
-                f"{name} was being put back, but {error}; what was there before: "
-                f"upkeep-remediator restore {kept}",
+                "RestoreFailed", f"{name} was being put back, but {error}; {back}"
             ) from error
         return Outcome(
             phase=Phase.SUCCEEDED,
@@ -292,6 +279,31 @@ class Restore:
             message=f"the certificates of {name} are back and in use; what was there before is "
             f"{kept}",
         )
+
+    async def _put_back(self, plan: RestorePlan, kept: str, steps: Steps) -> Layout:
+        data = {"directory": plan.path, "kept": kept, "locked": plan.locked}
+        layout = await roll_back(self._root, plan.backup, steps, name=PUT_BACK, **data)
+        others = self._lost(plan.backup)
+        await asyncio.to_thread(put_back, self._root, plan.backup, others)
+        if layout.etcd == "host":
+            await self._put_back_etcd(plan.backup, steps)
+        return layout
+
+    def _lost(self, backup: Backup) -> list[str]:
+        """What lay beside the certificates, is not kubeadm's, and is gone. What is there stays: an
+        older key for what is encrypted in etcd would make that unreadable."""
+        return [
+            path
+            for path in backup.index.files
+            if any(PurePosixPath(path).is_relative_to(pki) for pki in PKI_DIRECTORIES)
+            and not self._root.exists(path)
+        ]
+
+    async def _has_healthy_etcd(self, pki: str) -> bool:
+        """Whether a member here counts for the quorum. One that doesn't takes nothing from it by a
+        restart, and may wait for just that."""
+        access = find_access(self._root, pki)
+        return access is not None and await Etcd(self._root, access).healthy()
 
     async def _put_back_etcd(self, backup: Backup, steps: Steps) -> None:
         """Kubespray's certificates for etcd, which are not kubeadm's. BackupError."""
@@ -316,17 +328,27 @@ class Restore:
     async def resume(self, steps: Steps) -> Outcome:
         """Finish what a dead owner began to put back; it may be begun from any point. FixError."""
         data = next(s for s in reversed(steps.earlier) if s.name == PUT_BACK).data
+        path = data["directory"]
         try:
-            backup = await asyncio.to_thread(load, Path(data["directory"]))
+            backup = await asyncio.to_thread(load, Path(self._root.resolve(path)))
             expired = tuple(await asyncio.to_thread(expired_in, backup, self._clock()))
         except BackupError as error:
             raise FixError("RestoreFailed", f"{error}; it was interrupted half-way") from None
-        plan = RestorePlan(backup=backup, expired=expired, locked=data["locked"])
+        plan = RestorePlan(backup=backup, path=path, expired=expired, locked=data["locked"])
         return await self._releasing(self._use(plan, data["kept"], steps), locked=plan.locked)
 
 
-def _fingerprints(data: bytes) -> set[str]:
-    return {c.fingerprint for c in parse(data).certificates}
+async def _to_its_end(work: Coroutine[None, None, Layout]) -> Layout:
+    """Do it whole, whatever interrupts it: half of one set and half of another is no state to
+    leave. The interruption passes on after it."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        raise
 
 
 class Restoring:
@@ -354,43 +376,3 @@ class Restoring:
     async def verify(self, target: Target, condition: Condition) -> Condition:
         """Whether what is on disk is what the backup holds."""
         return await self._restore.verify(condition)
-
-
-class Listed(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the list of backups."""
-
-    name: str
-    created: datetime | None
-    size: int
-    """Bytes on disk."""
-    node: str
-    holds: str
-    """What is in it, or why it can't be used, in words."""
-
-
-def list_backups(root: Root, directory: str) -> list[Listed]:
-    """What lies in a directory of backups, newest first; half ones too, which say so."""
-    here = Path(root.resolve(directory))
-    if not here.is_dir():
-        return []
-    return [_listed(path) for path in sorted(here.iterdir(), reverse=True) if path.is_dir()]
-
-
-def _listed(path: Path) -> Listed:
-    size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
-    try:
-        index = msgspec.json.decode((path / INDEX).read_bytes(), type=Index)
-    except (OSError, msgspec.MsgspecError):
-        why = "not finished: a run that died, or one under way"
-        return Listed(name=path.name, created=None, size=size, node="", holds=why)
-    holds = [f"{len(index.files)} files"]
-    if index.serials:
-        holds.append(f"{len(index.serials)} certificates")
-    for kind, words in (("snapshot", "etcd snapshot"), ("data", "etcd data")):
-        if kind in index.etcd:
-            holds.append(words)
-    if not index.serials:
-        holds.append("no whole set: to look into only")
-    return Listed(
-        name=path.name, created=index.created, size=size, node=index.node, holds=", ".join(holds)
-    )

@@ -24,11 +24,11 @@ from remediator.fixes.certificates.backup import (
     BackupWriter,
     Index,
     load,
-    prune,
     replace,
 )
 from remediator.fixes.certificates.copies import renew_copy
 from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access
+from remediator.fixes.certificates.kept import discard_begun, prune
 from remediator.fixes.certificates.kubeadm import Kubeadm
 from remediator.fixes.certificates.layout import Layout
 from remediator.fixes.certificates.lease import RotationLease
@@ -180,7 +180,7 @@ class Rotation:
                 owner = (target.parent.stat().st_uid, target.parent.stat().st_gid)
                 replace(target, plan.fetched_config.encode(), mode=0o600, owner=owner)
             copies = [p for p in self._settings.kubeconfig_copies if self._root.exists(p)]
-            files = await asyncio.to_thread(writer.add_files, copies)
+            files = await asyncio.to_thread(writer.add_files, copies, plan.layout.files)
             backup = writer.finish(
                 Index(
                     node=self._node,
@@ -240,7 +240,7 @@ class Rotation:
             await self._uptake.verify(plan.components, plan.layout, steps)
         async with steps.step("prune", "remove old backups") as step:
             directory = self._settings.backup_directory
-            removed = prune(self._root, directory, self._settings.keep_backups)
+            removed = prune(self._root, directory, self._settings.keep_backups, node=self._node)
             step.result = f"{len(removed)} removed"
         return Outcome(
             phase=Phase.SUCCEEDED,
@@ -298,7 +298,7 @@ class Rotation:
             await recovery.start(self._root, self._uptake, steps, healthy=False)
         except RestartError as error:
             raise FixError("RestartFailed", str(error)) from None
-        prune(self._root, self._settings.backup_directory, self._settings.keep_backups)
+        discard_begun(self._root, self._settings.backup_directory)
         if any(step.name == "lock" for step in steps.earlier):
             await self._lease.release()
 

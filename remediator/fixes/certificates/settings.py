@@ -25,7 +25,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     backup_directory: str = "/var/lib/upkeep/backups"
     """On the host, mode 0700; each rotation makes one directory in it."""
     keep_backups: Annotated[int, msgspec.Meta(ge=1)] = 5
-    """How many to keep; older ones are removed after a successful rotation."""
+    """How many that can be put back to keep; older ones are removed after a good rotation."""
     etcd_snapshot: bool = True
     """Whether a checked etcd snapshot belongs to the backup, on nodes that run etcd."""
     restart: Literal["all", "needed", "none"] = "all"
@@ -46,7 +46,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Seconds for the whole rotation."""
 
     def __post_init__(self) -> None:
-        """A wait of no length would fail every rotation half-way."""
+        """A wait of no length would fail every rotation half-way; `~/x` is nobody's path."""
         for name in ("kubeadm_timeout", "component_timeout", "deadline"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be longer than nothing")
+        for path in (self.kubeadm, self.kubeadm_config, *self.kubeconfig_copies):
+            if path and not path.startswith("/"):
+                raise ValueError(f"{path!r} is not an absolute path")
