@@ -31,11 +31,22 @@ from remediator.fixes.certificates.restore import (
 from remediator.fixes.certificates.rotation import INTERRUPTED, Rotation
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import Uptake
-from remediator.model import CheckError, Condition, Fix, Outcome, Phase, Steps, Target
+from remediator.model import (
+    CheckError,
+    Condition,
+    Fix,
+    FixError,
+    Outcome,
+    Phase,
+    Steps,
+    Target,
+)
 
 log = get_logger("remediator.rotate-certificates")
 
 CLEARED = "ConditionCleared"
+TAKEN_UP = "take up"
+_MOST_DEATHS = 5  # processes that die in one remediation until it's left to people
 
 
 class RotateCertificates:
@@ -187,12 +198,34 @@ class RotateCertificates:
         )
 
     async def resume(self, target: Target, steps: Steps) -> Outcome:
-        """Finish or undo what a dead owner began."""
-        await await_kubeadm(self._procfs, self._settings.kubeadm_timeout)
-        if any(step.name == PUT_BACK for step in steps.earlier):
-            return await self._restore.resume(steps)
-        layout = await asyncio.to_thread(self._read_layout_or_none, target)
-        return await self._rotation.resume(layout, steps)
+        """Finish or undo what a dead owner began; not for ever, for it may be what killed it."""
+        restores = any(step.name == PUT_BACK for step in steps.earlier)
+        died = 1 + sum(step.name == TAKEN_UP for step in steps.earlier)
+        if died > _MOST_DEATHS:
+            message = (
+                f"its process died {died} times, at last in step {steps.earlier[-1].name!r}, so it "
+                "is not taken up once more: look why it dies"
+            )
+            await self._rotation.let_go(steps, message)
+            raise FixError("RestoreFailed" if restores else INTERRUPTED, message)
+        try:
+            async with steps.step(TAKEN_UP, f"finish or undo what was begun; {died} died in it"):
+                await await_kubeadm(self._procfs, self._settings.kubeadm_timeout)
+            if restores:
+                return await self._restore.resume(steps)
+            layout = await asyncio.to_thread(self._read_layout_or_none, target)
+            return await self._rotation.resume(layout, steps)
+        except FixError:
+            raise
+        except asyncio.CancelledError:
+            if not restores:
+                await self._rotation.undo(steps, why="it was stopped, or ran out of time")
+            raise
+        except Exception as error:
+            if restores:
+                raise
+            await self._rotation.undo(steps, why=str(error))
+            raise FixError(INTERRUPTED, f"{error}; no new certificate is left") from error
 
     def restoring(self, backup: str, *, forced: bool) -> Fix:
         """`upkeep-remediator restore BACKUP`: the fix that puts this backup back and in use."""

@@ -90,7 +90,14 @@ async def start(root: Root, uptake: Uptake, steps: Steps, *, healthy: bool) -> N
     if not is_stopped(root):
         return
     async with steps.step("start etcd", f"move {ETCD_STASH} back to {ETCD_MANIFEST}"):
-        _move(root, ETCD_STASH, ETCD_MANIFEST)
+        try:
+            _move(root, ETCD_STASH, ETCD_MANIFEST)
+        except OSError as error:
+            raise RestartError(
+                "etcd",
+                f"etcd is stopped and can't be started again ({error.strerror}): "
+                f"mv {ETCD_STASH} {ETCD_MANIFEST}",
+            ) from None
         if healthy:
             await uptake.await_healthy("etcd")
 
