@@ -16,6 +16,7 @@ from remediator.fixes.certificates import commands
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.cluster import opted_out
 from remediator.fixes.certificates.kubeadm import Kubeadm
+from remediator.fixes.certificates.kubelet import kubelet_problem
 from remediator.fixes.certificates.layout import Layout, Pair, read_layout
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import RefusedError, RotationPlan
@@ -66,7 +67,12 @@ class RotateCertificates:
             INTERRUPTED,
             *Restore.reasons[Phase.FAILED],
         ),
-        Phase.SKIPPED: (CLEARED, *Preflight.reasons, *Restore.reasons[Phase.SKIPPED]),
+        Phase.SKIPPED: (
+            CLEARED,
+            *Preflight.reasons,
+            "KubeletUnhealthy",
+            *Restore.reasons[Phase.SKIPPED],
+        ),
     }
 
     def __init__(
@@ -127,6 +133,8 @@ class RotateCertificates:
             return self._not_due(layout, now)
         try:
             plan = await self._preflight.plan(layout, due, by_person=forced)
+            if plan.components and self._settings.restart != "none":
+                await self._refuse_unrestartable()
         except RefusedError as refused:
             return Condition(broken=False, reason=refused.reason, message=str(refused))
         forbidden = ""
@@ -146,6 +154,10 @@ class RotateCertificates:
             opted_out=forbidden,
             detail=plan,
         )
+
+    async def _refuse_unrestartable(self) -> None:
+        if problem := await kubelet_problem(self._root):
+            raise RefusedError("KubeletUnhealthy", f"{problem}: mend it first")
 
     def _read_layout(self, target: Target) -> Layout:
         if target.node != self._node:

@@ -18,6 +18,7 @@ from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access, quorum_problem
 from remediator.fixes.certificates.host_etcd import HostEtcd
+from remediator.fixes.certificates.kubelet import kubelet_problem
 from remediator.fixes.certificates.layout import Layout
 from remediator.fixes.certificates.restart import Restarter, RestartError
 from remediator.fixes.certificates.settings import Settings
@@ -84,6 +85,8 @@ class Uptake:
                 # Those two are stale or not by their start alone, so that is put right too.
                 begun_by = 0.0 if component in _READ_AT_START else since
                 if process is not None and self._is_older(process, written, begun_by):
+                    if problem := await kubelet_problem(self._root):
+                        raise RestartError(component, problem)
                     if component == "etcd" and quorum:
                         await self._await_quorum(layout)
                     begun = time.monotonic()
