@@ -13,6 +13,7 @@ from aiohttp import web
 from exporter.checks.certificates import Root
 from exporter.checks.certificates.components import read_process
 from remediator.fixes.certificates import Settings
+from remediator.fixes.certificates import kubelet as kubelet_module
 from remediator.fixes.certificates.kubelet import kubelet_problem
 from remediator.fixes.certificates.layout import read_layout
 from remediator.fixes.certificates.restart import Restarter, RestartError
@@ -22,6 +23,11 @@ from tests.certificates.test_rotate import NODE, rotate, steps
 from tests.cluster.ports import reserved_ports
 
 PROC = Path("/proc")
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubelet_module, "_PATIENCE", 0.0)
 
 
 def configure(rootfs: Path, port: int) -> None:
@@ -54,8 +60,24 @@ async def test_c44_what_a_kubelet_says_of_itself(tmp_path: Path) -> None:
     assert "does not answer" in await kubelet_problem(Root(tmp_path))
     async with kubelet(tmp_path, status=500):
         assert "answers 500" in await kubelet_problem(Root(tmp_path))
-    configure(tmp_path, 0)
+    configure(tmp_path, 0)  # its port is closed, and tells nothing
     assert await kubelet_problem(Root(tmp_path)) == ""
+
+
+async def test_c44_one_that_was_just_restarted_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubelet_module, "_PATIENCE", 30.0)
+    configure(tmp_path, 1)
+    asked: list[str] = []
+
+    async def starting(url: str) -> str:
+        asked.append(url)
+        return "does not answer" if len(asked) < 3 else ""
+
+    monkeypatch.setattr(kubelet_module, "_problem", starting)
+    assert await kubelet_problem(Root(tmp_path)) == ""
+    assert asked == ["http://127.0.0.1:1/healthz"] * 3
 
 
 @pytest.mark.root

@@ -118,12 +118,15 @@ class Etcd:
 
     async def unhealthy(self, members: Sequence[Member]) -> tuple[str, ...]:
         """The names of those that are not healthy."""
+
+        async def is_healthy(member: Member) -> bool:
+            return any(await asyncio.gather(*map(self.healthy, member.client_urls)))
+
+        healthy = await asyncio.gather(*map(is_healthy, members))
         return tuple(
-            [
-                member.name or "an unstarted member"
-                for member in members
-                if not any([await self.healthy(url) for url in member.client_urls])
-            ]
+            member.name or "an unstarted member"
+            for member, well in zip(members, healthy, strict=True)
+            if not well
         )
 
     async def status(self) -> dict[str, Any]:
@@ -248,4 +251,6 @@ def quorum_problem(members: Sequence[Member], unhealthy: Sequence[str]) -> str:
             f"etcd members not healthy: {', '.join(unhealthy)} of {len(members)}; restarting one "
             "more could cost the quorum"
         )
+    if learners := [member.name for member in members if member.is_learner]:
+        return f"etcd members still being added: {', '.join(learners)}; wait for their promotion"
     return ""

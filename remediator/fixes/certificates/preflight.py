@@ -106,10 +106,11 @@ class Preflight:
         components = components_here(self._root)
         recovery, fetched = False, ""
         if "kube-apiserver" in components:
+            etcd = await self._look_at_etcd(layout)
             try:
-                fetched = await self._check_cluster(layout)
+                fetched = await self._check_cluster(etcd)
             except (ApiError, AccessError) as error:
-                await self._refuse_unless_expired(layout, str(error), by_person=by_person)
+                await self._refuse_unless_expired(layout, str(error), etcd, by_person=by_person)
                 recovery = True
         config = self._configuration(layout, fetched=bool(fetched))
         if recovery and not config:
@@ -127,30 +128,47 @@ class Preflight:
             recovery=recovery,
         )
 
-    async def _check_cluster(self, layout: Layout) -> str:
-        """The cluster's kubeadm configuration, once it is seen to be fit. ApiError: no answer."""
+    async def _check_cluster(self, etcd: str) -> str:
+        """The cluster's kubeadm configuration, once it is seen to be fit. ApiError: no answer.
+
+        etcd: what is wrong with it, if anything.
+        """
         await self._lease.check()
+        if etcd:
+            raise RefusedError("EtcdUnhealthy", etcd)
         if self._settings.require_ready_peers:
             await refuse_unready_peers(self._api, self._node)
-        access = find_access(self._root, layout.pki)
-        if access is not None:
-            try:
-                etcd = Etcd(self._root, access)
-                members = await etcd.members()
-                problem = quorum_problem(members, await etcd.unhealthy(members))
-                status = await etcd.status()
-            except EtcdError as error:
-                raise RefusedError("EtcdUnhealthy", str(error)) from None
-            if problem:
-                raise RefusedError("EtcdUnhealthy", problem)
-            size = int(status.get("dbSize") or 0)
-            self._check_space(size if self._settings.etcd_snapshot else 0)
         return await fetch_configuration(self._api, self._root, self._node)
 
-    async def _refuse_unless_expired(self, layout: Layout, why: str, *, by_person: bool) -> None:
+    async def _look_at_etcd(self, layout: Layout) -> str:
+        """What is wrong with its members, in a sentence; empty where nothing is, or none is here.
+        RefusedError where a snapshot would find no room.
+
+        Asked of our own member, before the API: an API server whose member is frozen answers late
+        or never, and a balancer may send us to that one.
+        """
+        access = find_access(self._root, layout.pki)
+        if access is None:
+            return ""
+        try:
+            etcd = Etcd(self._root, access)
+            members = await etcd.members()
+            problem = quorum_problem(members, await etcd.unhealthy(members))
+            status = await etcd.status()
+        except EtcdError as error:
+            return str(error)
+        if self._settings.etcd_snapshot and not problem:
+            self._check_space(int(status.get("dbSize") or 0))
+        return problem
+
+    async def _refuse_unless_expired(
+        self, layout: Layout, why: str, etcd: str, *, by_person: bool
+    ) -> None:
         """An API that's gone because certificates expired is what recovery is for; else refuse."""
         now = self._clock()
         expired = [p.name for p in layout.pairs if p.certificate.remaining(now) < 0]
+        if etcd and not expired:
+            raise RefusedError("EtcdUnhealthy", f"{etcd}; nor does the API answer: {why}")
         if not expired:
             raise RefusedError(
                 "ApiUnreachable",

@@ -147,7 +147,7 @@ class Uptake:
         """Every member healthy before one goes; the wait is for one that is just coming back."""
         access = find_access(self._root, layout.pki)
         if access is None:
-            return
+            raise RestartError("etcd", "etcd's manifest does not say how its members are asked")
         etcd = Etcd(self._root, access)
         ends = time.monotonic() + self._settings.component_timeout
         while True:

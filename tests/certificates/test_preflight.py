@@ -1,0 +1,95 @@
+"""Which cause a refusal names where several things fail at once."""
+
+import os
+import subprocess
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from exporter.checks.certificates import Root
+from exporter.checks.certificates.components import read_process
+from remediator.fixes.certificates import Settings
+from remediator.fixes.certificates.etcd import Member, quorum_problem
+from remediator.fixes.certificates.layout import read_layout
+from remediator.fixes.certificates.restart import Restarter, RestartError
+from remediator.fixes.certificates.uptake import Uptake
+from tests.certificates.conftest import MakePki, StepLog
+from tests.certificates.fake_api import fake_api
+from tests.certificates.test_kubelet import kubelet
+from tests.certificates.test_rotate import NODE, rotate, steps
+from tests.cluster.pki import Pki
+
+pytestmark = [pytest.mark.root, pytest.mark.debian, pytest.mark.cluster]
+
+PROC = Path("/proc")
+
+
+def write_etcd(pki: Pki) -> None:
+    """A manifest of one that does not answer."""
+    manifest = pki.directory / "manifests/etcd.yaml"
+    manifest.parent.mkdir(exist_ok=True)
+    flags = "--listen-client-urls=https://127.0.0.1:1"
+    manifest.write_text(f"kind: Pod\nspec: {{containers: [{{command: [etcd, '{flags}']}}]}}\n")
+
+
+async def late(method: str, path: str) -> int:
+    return 504
+
+
+async def test_c45_an_etcd_that_is_away_is_named_and_not_the_api_that_it_takes_along(
+    make_pki: MakePki,
+) -> None:
+    pki = make_pki(timedelta(days=3))
+    write_etcd(pki)
+    async with fake_api(pki) as api:
+        away = await rotate(pki, restart="none").check(NODE)
+        assert (away.broken, away.reason) == (False, "EtcdUnhealthy")
+        api.meddle = late
+        both = await rotate(pki, restart="none").check(NODE)
+        assert (both.broken, both.reason) == (False, "EtcdUnhealthy")
+        assert "127.0.0.1:1/" in both.message
+        assert "nor does the API answer: GET" in both.message
+
+
+async def test_c45_with_expired_certificates_that_is_what_recovery_is_for(
+    make_pki: MakePki,
+) -> None:
+    pki = make_pki(timedelta(days=-1))
+    write_etcd(pki)
+    async with fake_api(pki) as api:
+        api.meddle = late
+        left = await rotate(pki, restart="none").check(NODE)
+        assert left.reason == "RecoveryByPerson"
+        begun = await rotate(pki, restart="none").force(NODE)
+        assert begun.broken
+        assert begun.detail.recovery
+
+
+def test_c45_a_member_that_is_still_being_added_is_waited_for() -> None:
+    learner = Member(name="m2", client_urls=("https://10.0.0.2:2379",), is_learner=True)
+    assert "m2" in quorum_problem([learner], ())
+
+
+async def test_c45_an_etcd_whose_members_can_not_be_asked_is_not_ended(
+    make_pki: MakePki, monkeypatch: pytest.MonkeyPatch, step_log: StepLog
+) -> None:
+    pki = make_pki()
+    root = Root(pki.rootfs)
+    (pki.directory / "manifests").mkdir()
+    (pki.directory / "manifests/etcd.yaml").write_text("half of it: [")
+    uptake = Uptake(Settings(), root=root, procfs=PROC, clock=time.time, node_name="node-1")
+    member = subprocess.Popen(["sleep", "100"])
+    try:
+        process = read_process(PROC, "etcd", member.pid)
+        monkeypatch.setattr(Restarter, "find", lambda self, component: process)
+        later = time.time() + 60
+        os.utime(pki.directory / "pki/apiserver.crt", (later, later))
+        async with kubelet(pki.rootfs):
+            with pytest.raises(RestartError, match="does not say how its members are asked"):
+                await uptake.restart(["etcd"], read_layout(root), steps(step_log))
+        assert member.poll() is None
+    finally:
+        member.kill()
+        member.wait()
