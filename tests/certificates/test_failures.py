@@ -11,9 +11,14 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from remediator.config import ConfigError, load
 from remediator.fixes import settings_types
@@ -79,6 +84,52 @@ async def test_c3_a_renewal_with_another_key_is_undone_before_a_restart(
         await fix.apply(NODE, await fix.check(NODE), steps(step_log))
     assert caught.value.reason == "RolledBack"
     assert step_log.names == ["backup", "renew", "roll back"]
+    assert files(pki.directory) == before
+
+
+def sign_again(pki: Pki, *, without: str = "", by: str = "ca") -> None:
+    """The API server's certificate, by another CA or without one of its names."""
+    path, key = pki.directory / "pki/apiserver.crt", pki.directory / f"pki/{by}.key"
+    old = x509.load_pem_x509_certificate(path.read_bytes())
+    ca = x509.load_pem_x509_certificate(key.with_suffix(".crt").read_bytes())
+    builder = x509.CertificateBuilder(issuer_name=ca.subject, subject_name=old.subject)
+    builder = builder.public_key(old.public_key()).serial_number(x509.random_serial_number())
+    builder = builder.not_valid_before(old.not_valid_before_utc)
+    builder = builder.not_valid_after(old.not_valid_after_utc)
+    for extension in old.extensions:
+        value = extension.value
+        if isinstance(value, x509.SubjectAlternativeName):
+            value = x509.SubjectAlternativeName([n for n in value if n.value != without])
+        builder = builder.add_extension(value, extension.critical)
+    private = load_pem_private_key(key.read_bytes(), password=None)
+    signed = builder.sign(cast("RSAPrivateKey", private), SHA256())
+    path.write_bytes(signed.public_bytes(Encoding.PEM))
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")  # of kubeadm's CA
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"without": "kubernetes.default"}, "apiserver has lost the name kubernetes.default"),
+        ({"by": "front-proxy-ca"}, "apiserver is of another CA"),
+    ],
+)
+async def test_c46_a_renewal_that_loses_a_name_or_its_ca_is_undone_before_a_restart(
+    make_pki: MakePki, step_log: StepLog, wrong: dict[str, str], why: str
+) -> None:
+    pki = make_pki(timedelta(days=3))
+    before = files(pki.directory)
+
+    async def careless(arguments: Sequence[str], timeout: float) -> commands.Completed:
+        done = await commands.run(arguments, timeout)
+        if "renew" in arguments:
+            sign_again(pki, **wrong)
+        return done
+
+    fix = rotate(pki, careless)
+    with pytest.raises(FixError, match=why) as caught:
+        await fix.apply(NODE, await fix.check(NODE), steps(step_log))
+    assert caught.value.reason == "RolledBack"
     assert files(pki.directory) == before
 
 

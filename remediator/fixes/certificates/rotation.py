@@ -41,6 +41,7 @@ from remediator.fixes.certificates.plan import (
 )
 from remediator.fixes.certificates.renewal import (
     ROLL_BACK,
+    check_names,
     check_renewed,
     is_whole,
     roll_back,
@@ -241,7 +242,6 @@ class Rotation:
     async def _renew(self, plan: RotationPlan, backup: Backup, begun: float, steps: Steps) -> None:
         data: Mapping[str, Any] = {
             "directory": f"{self._settings.backup_directory}/{backup.directory.name}",
-            "serials": plan.layout.serials,
             "config": plan.config,
             "recovery": plan.recovery,
             "begun": begun,
@@ -249,7 +249,8 @@ class Rotation:
         async with steps.step("renew", "kubeadm certs renew all", **data) as step:
             await self._kubeadm.renew_all(plan.config)
             new = await asyncio.to_thread(check_renewed, self._root, plan.layout, begun)
-            step.result = f"{len(new.pairs)} certificates renewed, keys match"
+            await asyncio.to_thread(check_names, self._root, backup, new)
+            step.result = f"{len(new.pairs)} certificates renewed, keys match, and names"
 
     async def _use(self, plan: RotationPlan, steps: Steps) -> Outcome:
         """Copies, restarts, verification: each may be done twice. RestartError, NotServedError."""
@@ -337,9 +338,8 @@ class Rotation:
         self, renewal: Step, layout: Layout | None, steps: Steps
     ) -> Outcome:
         plan, backup = await self._left(renewal, layout)
-        old = renewal.data["serials"]
         undone = any(step.name == ROLL_BACK for step in steps.earlier)
-        whole = layout is not None and is_whole(self._root, layout, old, self._clock())
+        whole = layout is not None and is_whole(self._root, backup, layout, self._clock())
         why = "the rotation was interrupted"
         if whole and not undone:
             try:
