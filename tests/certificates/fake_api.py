@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
+from remediator.fixes.certificates.lease import NAME
 from tests.cluster.pki import Pki
 from tests.cluster.ports import reserved_ports
 
@@ -47,7 +48,7 @@ class FakeApi:
             return web.json_response({"kind": "Status", "message": "told so"}, status=status)
         if request.method in {"POST", "PUT"}:
             self.lease = found = await request.json()
-        elif request.path.startswith(LEASES):
+        elif request.path == f"{LEASES}/{NAME}":
             found = self.lease
         else:
             found = self.objects.get(request.path)

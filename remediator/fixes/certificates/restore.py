@@ -279,7 +279,7 @@ class Restore:
             components = components_here(self._root)
             await self._uptake.restart(components, layout, steps, quorum=plan.locked)
             if "kube-apiserver" in components and self._settings.restart != "none":
-                await self._uptake.verify(components, layout, steps)
+                await self._uptake.verify(components, steps)
         except Exception as error:
             raise FixError(
                 "RestoreFailed",

@@ -268,7 +268,7 @@ class Rotation:
                 plan.components, plan.layout, steps, quorum=not plan.recovery
             )
         if plan.has_cluster and self._settings.restart != "none":
-            await self._uptake.verify(plan.components, plan.layout, steps)
+            await self._uptake.verify(plan.components, steps)
         async with steps.step("prune", "remove old backups") as step:
             step.result = await asyncio.to_thread(self._prune)
         return Outcome(

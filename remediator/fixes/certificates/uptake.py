@@ -7,7 +7,6 @@ new process, in the order in which components need each other, each healthy befo
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 
 from exporter.checks.certificates import CertificateReader, Root
@@ -170,11 +169,11 @@ class Uptake:
             return access is not None and await Etcd(self._root, access).healthy()
         return await self._restarter.answers_healthz(component)
 
-    async def verify(self, components: Sequence[str], layout: Layout, steps: Steps) -> None:
+    async def verify(self, components: Sequence[str], steps: Steps) -> None:
         """See that everything uses what is on disk. NotServedError."""
         async with steps.step("verify", "what is served, who leads, a request as admin") as step:
             served = await self._await_served()
-            await self._await_leaders([c for c in components if c in _READ_AT_START], layout)
+            await self._await_leaders([c for c in components if c in _READ_AT_START])
             await self._await_answer()
             step.result = f"served: {', '.join(served) or 'nothing here'}; admin.conf works"
 
@@ -219,23 +218,29 @@ class Uptake:
             return ""
         return f"{endpoint} serves {served.serial}, {path} is {leaf.serial}"
 
-    async def _await_leaders(self, components: Sequence[str], layout: Layout) -> None:
-        """Somebody leads, and said so after the files were written: new credentials work."""
-        written = newest_write(self._root, layout)
+    async def _await_leaders(self, components: Sequence[str]) -> None:
+        """Somebody leads, and says so anew: its credentials work. No clock is compared, for the
+        leader may be on another node, with another clock."""
         ends = time.monotonic() + _SERVED_TIMEOUT
         for component in components:
             path = f"/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/{component}"
-            while await self._led_at(path) <= written:
+            first = ""
+            while True:
+                led = await self._led_at(path)
+                if first and led not in ("", first):
+                    break
+                first = first or led
                 if time.monotonic() > ends:
                     raise NotServedError(f"no {component} has led since the renewal")
                 await asyncio.sleep(_POLL)
 
-    async def _led_at(self, path: str) -> float:
+    async def _led_at(self, path: str) -> str:
+        """When the leader last said so, by its own clock; empty where that can't be known."""
         try:
             lease = await self._api.get(path)
-            return datetime.fromisoformat(str(lease["spec"]["renewTime"])).timestamp()
-        except (ApiError, AccessError, TypeError, KeyError, ValueError):
-            return 0.0
+            return str(lease["spec"]["renewTime"])
+        except (ApiError, AccessError, TypeError, KeyError):
+            return ""
 
 
 def newest_write(root: Root, layout: Layout) -> float:

@@ -66,7 +66,7 @@ class WayBack:
             await self._uptake.restart(plan.components, layout, steps, since=begun)
             if plan.has_cluster and self._settings.restart != "none":
                 # An API server that read the new ones by itself serves them for a minute more.
-                await self._uptake.verify(plan.components, layout, steps)
+                await self._uptake.verify(plan.components, steps)
         except Exception as error:
             raise FixError(
                 "RestartFailed", f"{why}; the old certificates were put back, but {error}"
