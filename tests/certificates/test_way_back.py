@@ -1,6 +1,7 @@
 """The way back goes to its end, whatever strikes meanwhile; nothing is left taken or stopped."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -167,6 +168,41 @@ async def test_c41_no_failure_leaves_etcd_stopped(
         await fix.apply(NODE, condition, steps(FullLog(records)))
     assert (pki.rootfs / ETCD_MANIFEST.lstrip("/")).exists()
     assert not (pki.rootfs / ETCD_STASH.lstrip("/")).exists()
+
+
+async def test_c41_etcd_is_not_stopped_for_a_copy_that_finds_no_room(
+    make_pki: MakePki, step_log: StepLog
+) -> None:
+    pki = make_pki(timedelta(days=3))
+    fix = rotate(pki)
+    condition = await recovering(fix, pki)
+    data = pki.rootfs / "var/lib/etcd/member/snap/db"
+    data.parent.mkdir(parents=True)
+    data.touch()
+    os.truncate(data, 8 << 40)  # a hole: it takes no room itself
+    with pytest.raises(FixError, match="a backup needs") as caught:
+        await fix.apply(NODE, condition, steps(step_log))
+    assert caught.value.reason == "BackupFailed"
+    assert step_log.names == []
+    assert (pki.rootfs / ETCD_MANIFEST.lstrip("/")).exists()
+
+
+async def test_c41_what_a_recovery_left_stopped_is_copied_and_goes_on(
+    make_pki: MakePki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pki = make_pki(timedelta(days=3))
+    monkeypatch.setattr(recovery, "_GONE_FOR", 0.1)
+    fix = rotate(pki, restart="none")
+    condition = await recovering(fix, pki)
+    manifest, stash = (pki.rootfs / p.lstrip("/") for p in (ETCD_MANIFEST, ETCD_STASH))
+    manifest.write_text(manifest.read_text().replace("--name=node-1", "--data-dir=/var/lib/other"))
+    manifest.rename(stash)
+    (pki.rootfs / "var/lib/other").mkdir(parents=True)
+    log = StepLog()
+    ended = await fix.apply(NODE, condition, steps(log))
+    assert ended.reason == "Renewed"
+    assert log.names[:3] == ["stop etcd", "copy etcd", "backup"]
+    assert manifest.exists()
 
 
 async def test_c43_a_lease_whose_answer_was_lost_is_given_back(

@@ -36,7 +36,14 @@ from remediator.fixes.certificates.kubeadm import (
     find_configuration,
     read_configuration,
 )
-from remediator.fixes.certificates.layout import Layout, Pair, PairError, check_pair
+from remediator.fixes.certificates.layout import (
+    ETCD_MANIFEST,
+    ETCD_STASH,
+    Layout,
+    Pair,
+    PairError,
+    check_pair,
+)
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.members import MembersError, stored_members
 from remediator.fixes.certificates.plan import (
@@ -45,6 +52,7 @@ from remediator.fixes.certificates.plan import (
     components_here,
     saved_configuration,
 )
+from remediator.fixes.certificates.recovery import is_stopped
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import newest_write
 
@@ -147,6 +155,11 @@ class Preflight:
         Asked of our own member, before the API: an API server whose member is frozen answers late
         or never, and a balancer may send us to that one.
         """
+        if is_stopped(self._root):
+            return (
+                "etcd is stopped here by a recovery, which is under way or never ended: then "
+                f"mv {ETCD_STASH} {ETCD_MANIFEST}"
+            )
         access = find_access(self._root, layout.pki)
         if access is None:
             return ""
