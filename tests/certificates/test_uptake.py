@@ -71,3 +71,19 @@ async def test_c48_a_component_is_ended_where_more_than_1024_files_are_open(
         child.kill()
         child.wait()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+
+
+def test_c49_a_scheduler_of_a_deployment_is_not_taken_for_the_nodes_own(tmp_path: Path) -> None:
+    proc, logs = tmp_path / "proc", tmp_path / "var/log/pods"
+    own, other = "0" * 31 + "a", "0a1b2c3d-0000-4000-8000-0123456789ab"
+    (proc / "stat").parent.mkdir()
+    (proc / "stat").write_text("btime 1700000000\n")
+    for pid, pod, uid in ((11, "node-1", own), (12, "gpu-5b8d-x2x4z", other)):
+        (logs / f"kube-system_kube-scheduler-{pod}_{uid}").mkdir(parents=True)
+        (proc / str(pid)).mkdir()
+        (proc / str(pid) / "comm").write_text("kube-scheduler\n")
+        (proc / str(pid) / "cgroup").write_text(f"0::/kubepods/pod{uid}/{str(pid) * 32}\n")
+        (proc / str(pid) / "stat").write_text(f"{pid} (x) S " + "0 " * 18 + f"{pid} 0\n")
+    found = Restarter(Root(tmp_path), proc, never, timeout=1).find("kube-scheduler")
+    assert found is not None
+    assert found.pid == 11
