@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from remediator.config import ConfigError, load
 from remediator.fixes import settings_types
-from remediator.fixes.certificates import commands
+from remediator.fixes.certificates import RotateCertificates, Settings, commands
 from remediator.fixes.certificates.plan import RotationPlan
 from remediator.fixes.certificates.renewal import await_kubeadm
 from remediator.journal import JournalError
@@ -271,6 +271,30 @@ async def test_c28_only_the_hosts_own_kubeadm_is_waited_for(tmp_path: Path) -> N
     finally:
         process_.kill()
         process_.wait()
+
+
+async def test_c28_while_somebody_else_renews_nothing_is_begun(
+    make_pki: MakePki, tmp_path: Path
+) -> None:
+    pki = make_pki(timedelta(days=3))
+    process = tmp_path / "proc/99999999"
+    process.mkdir(parents=True)
+    (process / "cmdline").write_bytes(b"kubeadm\0certs\0renew\0all\0")
+    (process / "cgroup").write_text("0::/system.slice/k8s-certs-renew.service\n")
+    (process / "stat").write_text("99999999 (kubeadm) S " + "0 " * 40)
+    (process / "root").symlink_to(pki.rootfs)
+    fix = RotateCertificates(
+        Settings(kubeadm=str(pki.binaries.kubeadm)),
+        node_name="node-1",
+        rootfs=pki.rootfs,
+        procfs=tmp_path / "proc",
+    )
+    busy = await fix.check(NODE)
+    assert (busy.broken, busy.reason) == (False, "KubeadmBusy")
+    assert "pid 99999999" in busy.message
+    (process / "root").unlink()
+    (process / "root").symlink_to(tmp_path)  # another host's files
+    assert (await fix.check(NODE)).broken
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

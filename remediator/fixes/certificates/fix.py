@@ -21,7 +21,7 @@ from remediator.fixes.certificates.layout import Layout, Pair, read_layout
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import RefusedError, RotationPlan
 from remediator.fixes.certificates.preflight import Preflight
-from remediator.fixes.certificates.renewal import await_kubeadm
+from remediator.fixes.certificates.renewal import await_kubeadm, renewing
 from remediator.fixes.certificates.restore import (
     PUT_BACK,
     Listed,
@@ -70,6 +70,7 @@ class RotateCertificates:
         Phase.SKIPPED: (
             CLEARED,
             *Preflight.reasons,
+            "KubeadmBusy",
             "KubeletUnhealthy",
             "NodeUnknown",
             *Restore.reasons[Phase.SKIPPED],
@@ -133,6 +134,7 @@ class RotateCertificates:
         if not due:
             return self._not_due(layout, now)
         try:
+            await asyncio.to_thread(self._refuse_two_renewals)
             plan = await self._preflight.plan(layout, due, by_person=forced)
             if plan.components and self._settings.restart != "none":
                 await self._refuse_unrestartable()
@@ -155,6 +157,12 @@ class RotateCertificates:
             opted_out=forbidden,
             detail=plan,
         )
+
+    def _refuse_two_renewals(self) -> None:
+        if (found := renewing(self._procfs, self._root)) is not None:
+            raise RefusedError(
+                "KubeadmBusy", f"somebody renews already: kubeadm with pid {found[0]} still runs"
+            )
 
     async def _refuse_unrestartable(self) -> None:
         if problem := await kubelet_problem(self._root):
@@ -223,7 +231,7 @@ class RotateCertificates:
             raise FixError("RestoreFailed" if restores else INTERRUPTED, message)
         try:
             async with steps.step(TAKEN_UP, f"finish or undo what was begun; {died} died in it"):
-                await await_kubeadm(self._procfs, self._settings.kubeadm_timeout)
+                await await_kubeadm(self._procfs, self._settings.kubeadm_timeout, self._root)
             if restores:
                 return await self._restore.resume(steps)
             layout = await asyncio.to_thread(self._read_layout_or_none, target)

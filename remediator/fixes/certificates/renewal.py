@@ -118,14 +118,14 @@ def is_whole(root: Root, backup: Backup, layout: Layout, now: float) -> bool:
     return True
 
 
-async def await_kubeadm(procfs: Path, timeout: float) -> None:  # noqa: ASYNC109
+async def await_kubeadm(procfs: Path, timeout: float, root: Root | None = None) -> None:  # noqa: ASYNC109
     """Wait for the end of a `kubeadm certs renew` that outlived its remediator, or end it.
 
     Until then the files are its own: what it would still write must not be taken for the result.
-    timeout: seconds after which its remediator would have ended it.
+    timeout: seconds after which its remediator would have ended it. root: as in `renewing`.
     """
     ends = time.monotonic() + timeout
-    while (found := await asyncio.to_thread(_renewing, procfs)) is not None:
+    while (found := await asyncio.to_thread(renewing, procfs, root)) is not None:
         pid, started = found
         if time.monotonic() > ends:
             with contextlib.suppress(ProcessLookupError):
@@ -138,9 +138,12 @@ async def await_kubeadm(procfs: Path, timeout: float) -> None:  # noqa: ASYNC109
         await asyncio.sleep(0.2)
 
 
-def _renewing(procfs: Path) -> tuple[int, int] | None:
+def renewing(procfs: Path, root: Root | None = None) -> tuple[int, int] | None:
     """Pid and start time of the host's own kubeadm. A tenant may call a process anything, but it is
-    in a container."""
+    in a container.
+
+    root: where the files of the host are; one that renews others does not count.
+    """
     for entry in os.scandir(procfs):
         if not entry.name.isdigit():
             continue
@@ -151,12 +154,27 @@ def _renewing(procfs: Path) -> tuple[int, int] | None:
             contained = parse_membership(Path(entry.path, "cgroup").read_bytes()).container
             if contained is not None or Path(entry.path).stat().st_uid != 0:
                 continue
+            if root is not None and not _is_about(Path(entry.path), words, root):
+                continue
             started = start_time(int(entry.name), procfs)
         except OSError:
             continue
         if started is not None:
             return int(entry.name), started
     return None
+
+
+def _is_about(process: Path, words: list[bytes], root: Root) -> bool:
+    """Whether the host's files are what it renews; where that can't be known, they may be."""
+    here = root.resolve("/").rstrip("/")
+    if here and here.encode() in words:  # its --rootfs, to which it may not have changed yet
+        return True
+    try:
+        return (process / "root/etc/kubernetes").samefile(root.resolve("/etc/kubernetes"))
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return True
 
 
 async def roll_back(
