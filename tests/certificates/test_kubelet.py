@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 from aiohttp import web
 
@@ -16,8 +17,10 @@ from remediator.fixes.certificates import Settings
 from remediator.fixes.certificates import kubelet as kubelet_module
 from remediator.fixes.certificates.kubelet import kubelet_problem
 from remediator.fixes.certificates.layout import read_layout
+from remediator.fixes.certificates.plan import RotationPlan
 from remediator.fixes.certificates.restart import Restarter, RestartError
 from remediator.fixes.certificates.uptake import Uptake
+from remediator.model import FixError
 from tests.certificates.conftest import MakePki, StepLog
 from tests.certificates.test_rotate import NODE, rotate, steps
 from tests.cluster.ports import reserved_ports
@@ -119,3 +122,31 @@ async def test_c44_nothing_is_ended_once_the_kubelet_is_gone(
     finally:
         scheduler.kill()
         scheduler.wait()
+
+
+@pytest.mark.root
+@pytest.mark.debian
+@pytest.mark.cluster
+async def test_c17_for_one_that_never_comes_back_no_other_is_restarted(
+    make_pki: MakePki, monkeypatch: pytest.MonkeyPatch, step_log: StepLog
+) -> None:
+    pki = make_pki(timedelta(days=3))
+    manager = subprocess.Popen(["sleep", "100"])
+    both = ("kube-controller-manager", "kube-scheduler")
+    try:
+        process = read_process(PROC, both[0], manager.pid)
+        monkeypatch.setattr(Restarter, "find", lambda _, name: process if name == both[0] else None)
+        async with kubelet(pki.rootfs):
+            fix = rotate(pki, component_timeout=2.0)
+            condition = await fix.check(NODE)
+            assert isinstance(condition.detail, RotationPlan)
+            plan = msgspec.structs.replace(condition.detail, components=both)
+            condition = msgspec.structs.replace(condition, detail=plan)
+            with pytest.raises(FixError, match="kube-scheduler did not come back"):
+                await fix.apply(NODE, condition, steps(step_log))
+        assert step_log.names[:3] == ["backup", "renew", "await kube-scheduler"]
+        assert step_log.steps[2].ok is False
+        assert not [step for step in step_log.steps[:4] if step.name.startswith("restart")]
+    finally:
+        manager.kill()
+        manager.wait()

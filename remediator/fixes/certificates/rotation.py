@@ -197,15 +197,14 @@ class Rotation:
                 replace(target, plan.fetched_config.encode(), mode=0o600, owner=owner)
             copies = [p for p in self._settings.kubeconfig_copies if self._root.exists(p)]
             files = await asyncio.to_thread(writer.add_files, copies)
-            backup = writer.finish(
-                Index(
-                    node=self._node,
-                    created=datetime.fromtimestamp(self._clock(), UTC),
-                    serials=plan.layout.serials,
-                    files=files,
-                    etcd=etcd,
-                )
+            index = Index(
+                node=self._node,
+                created=datetime.fromtimestamp(self._clock(), UTC),
+                serials=plan.layout.serials,
+                files=files,
+                etcd=etcd,
             )
+            backup = await asyncio.to_thread(writer.finish, index)
             step.result = f"{len(files)} files, read back and compared"
         return backup
 
@@ -215,6 +214,8 @@ class Rotation:
 
         async def forward() -> Outcome:
             await self._renew(plan, backup, begun, steps)
+            if not plan.recovery:
+                await self._uptake.await_absent(plan.components, steps)
             return await self._use(plan, steps)
 
         return await self._or_back(forward(), plan, backup, begun, steps=steps)

@@ -99,6 +99,17 @@ class Uptake:
                     new = await self._restarter.await_healthy(component)
                     step.result = f"pid {new.pid} is healthy and needs no restart"
 
+    async def await_absent(self, components: Sequence[str], steps: Steps) -> None:
+        """Wait for those that were away before, in a back-off: one that never comes back is no
+        reason to restart the others. RestartError."""
+        if self._settings.restart == "none":
+            return
+        for component in components:
+            if await asyncio.to_thread(self._restarter.find, component) is None:
+                message = f"{component} does not run: see that it comes back with the new files"
+                async with steps.step(f"await {component}", message):
+                    await self._restarter.await_healthy(component)
+
     async def _restart_host_etcd(self, layout: Layout, steps: Steps, *, quorum: bool) -> None:
         """A new process from systemd, only where its own files changed. RestartError."""
         async with steps.step("restart etcd", "restart etcd.service if its files changed") as step:
