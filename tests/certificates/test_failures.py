@@ -185,6 +185,17 @@ async def test_c16_another_version_of_kubeadm(make_pki: MakePki) -> None:
     assert (await rotate(pki, says("what?")).check(NODE)).reason == "KubeadmFailed"
 
 
+async def test_c16_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
+    script = f"sleep 100 & echo $! > {tmp_path}/pid; exit 0"
+    with pytest.raises(commands.CommandError, match="did not end within"):
+        await commands.run(["sh", "-c", script], 0.5)
+    left = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    deadline = time.monotonic() + 10
+    while left.exists() and ") Z " not in left.read_text():  # nobody may reap it for us
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
 async def test_c4_a_missing_ca_is_named(make_pki: MakePki) -> None:
     pki = make_pki(timedelta(days=3))
     (pki.directory / "pki/front-proxy-ca.crt").unlink()

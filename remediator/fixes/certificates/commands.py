@@ -46,13 +46,15 @@ async def run(arguments: Sequence[str], timeout: float) -> Completed:  # noqa: A
         )
     except OSError as error:
         raise CommandError(f"{arguments[0]} can't be run: {error.strerror}") from None
+    ended = False
     try:
         async with asyncio.timeout(timeout):
             output, _ = await process.communicate()
+            ended = True
     except TimeoutError:
         raise CommandError(f"{arguments[0]} did not end within {timeout:g} s") from None
     finally:
-        if process.returncode is None:  # timed out or cancelled: nothing of it goes on
+        if not ended:  # timed out or cancelled: nothing of it goes on, nor of what it started
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
