@@ -1,12 +1,14 @@
 """Which cause a refusal names where several things fail at once."""
 
 import os
+import ssl
 import subprocess
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from exporter.checks.certificates import Root
 from exporter.checks.certificates.components import read_process
@@ -20,17 +22,18 @@ from tests.certificates.fake_api import fake_api, nothing
 from tests.certificates.test_kubelet import kubelet
 from tests.certificates.test_rotate import NODE, rotate, steps
 from tests.cluster.pki import Pki
+from tests.cluster.ports import reserved_ports
 
 pytestmark = [pytest.mark.root, pytest.mark.debian, pytest.mark.cluster]
 
 PROC = Path("/proc")
 
 
-def write_etcd(pki: Pki) -> None:
-    """A manifest of one that does not answer."""
+def write_etcd(pki: Pki, port: int = 1) -> None:
+    """A manifest of one, by default of one that does not answer."""
     manifest = pki.directory / "manifests/etcd.yaml"
     manifest.parent.mkdir(exist_ok=True)
-    flags = "--listen-client-urls=https://127.0.0.1:1"
+    flags = f"--listen-client-urls=https://127.0.0.1:{port}"
     manifest.write_text(f"kind: Pod\nspec: {{containers: [{{command: [etcd, '{flags}']}}]}}\n")
 
 
@@ -51,6 +54,31 @@ async def test_c45_an_etcd_that_is_away_is_named_and_not_the_api_that_it_takes_a
         assert (both.broken, both.reason) == (False, "EtcdUnhealthy")
         assert "127.0.0.1:1/" in both.message
         assert "nor does the API answer: GET" in both.message
+
+
+async def test_c45_what_is_wrong_with_a_member_is_said(make_pki: MakePki) -> None:
+    pki = make_pki(timedelta(days=3))
+    folder = pki.directory / "pki/etcd"
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(folder / "server.crt", folder / "server.key")
+    with reserved_ports(1) as (port,):
+        url = f"https://127.0.0.1:{port}"
+
+        async def answer(request: web.BaseRequest) -> web.Response:
+            if request.path == "/health":
+                said = {"health": "false", "reason": "ALARM NOSPACE"}
+                return web.json_response(said, status=503)
+            return web.json_response({"members": [{"name": "m1", "clientURLs": [url]}]})
+
+        runner = web.ServerRunner(web.Server(answer))
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
+        write_etcd(pki, port)
+        async with fake_api(pki):
+            full = await rotate(pki, restart="none").check(NODE)
+        await runner.cleanup()
+    assert (full.broken, full.reason) == (False, "EtcdUnhealthy")
+    assert "m1 (ALARM NOSPACE) of 1" in full.message
 
 
 async def test_c45_with_expired_certificates_that_is_what_recovery_is_for(

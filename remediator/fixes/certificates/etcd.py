@@ -94,12 +94,20 @@ class Etcd:
 
     async def healthy(self, url: str = "") -> bool:
         """Whether a member says it's healthy (it then has a leader). url: ours where empty."""
+        return not await self._complaint(url)
+
+    async def _complaint(self, url: str) -> str:
+        """What a member says is wrong with it, such as `ALARM NOSPACE`; empty where it's well."""
         try:
             async with self._session() as session, session.get(self._url(url, "/health")) as answer:
                 document = msgspec.json.decode(await answer.read())
         except (aiohttp.ClientError, TimeoutError, OSError, EtcdError, msgspec.DecodeError):
-            return False
-        return isinstance(document, dict) and str(document.get("health")).lower() == "true"
+            return "no answer"
+        if not isinstance(document, dict):
+            return "no answer"
+        if str(document.get("health")).lower() == "true":
+            return ""
+        return str(document.get("reason") or "not healthy")[:100]
 
     async def members(self) -> tuple[Member, ...]:
         """Every member, as the quorum knows it. EtcdError."""
@@ -117,17 +125,15 @@ class Etcd:
         return found
 
     async def unhealthy(self, members: Sequence[Member]) -> tuple[str, ...]:
-        """The names of those that are not healthy."""
+        """The names of those that are not healthy, with what is wrong."""
 
-        async def is_healthy(member: Member) -> bool:
-            return any(await asyncio.gather(*map(self.healthy, member.client_urls)))
+        async def complaint(member: Member) -> str:
+            said = await asyncio.gather(*map(self._complaint, member.client_urls))
+            if "" in said:
+                return ""
+            return f"{member.name or 'an unstarted member'} ({(said or ['not started'])[0]})"
 
-        healthy = await asyncio.gather(*map(is_healthy, members))
-        return tuple(
-            member.name or "an unstarted member"
-            for member, well in zip(members, healthy, strict=True)
-            if not well
-        )
+        return tuple(filter(None, await asyncio.gather(*map(complaint, members))))
 
     async def status(self) -> dict[str, Any]:
         """This member's own account of itself: version, dbSize, leader … EtcdError."""
