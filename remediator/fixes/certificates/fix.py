@@ -225,7 +225,7 @@ class RotateCertificates:
         if died > _MOST_DEATHS:
             message = (
                 f"its process died {died} times, at last in step {steps.earlier[-1].name!r}, so it "
-                "is not taken up once more: look why it dies"
+                f"is not taken up once more: look why it dies{_way_out(steps)}"
             )
             await self._rotation.let_go(steps, message)
             raise FixError("RestoreFailed" if restores else INTERRUPTED, message)
@@ -263,6 +263,18 @@ class RotateCertificates:
             # A death in the middle of kubeadm's writing leaves such files: the backup mends them.
             log.warning("the certificates can't be read as they are", why=str(error))
             return None
+
+
+def _way_out(steps: Steps) -> str:
+    """How a person gets back to what there was before a dead owner began; empty where it's there.
+
+    That is the backup that it made first, whatever it was about to do.
+    """
+    begun = next((s for s in steps.earlier if s.name in ("renew", PUT_BACK)), None)
+    if begun is None:
+        return ""
+    kept = begun.data.get("kept") or Path(begun.data["directory"]).name
+    return f". What there was before: upkeep-remediator restore {kept}"
 
 
 def _ends(certificate: Certificate, now: float) -> str:
