@@ -36,19 +36,13 @@ async def refuse_unready_peers(api: ApiServer, node: str) -> None:
 async def opted_out(api: ApiServer, node: str) -> str:
     """Which annotation forbids acting on the node, as a sentence; empty where none does.
 
-    RefusedError where that can't be known: no answer is no leave.
+    Without an API server only the configuration's own list counts, which the worker has read.
     """
     try:
         found = await api.get(f"/api/v1/nodes/{node}")
-    except (ApiError, AccessError) as error:
-        raise RefusedError("ApiUnreachable", str(error)) from None
-    if found is None:
-        raise RefusedError(
-            "NodeUnknown",
-            f"the cluster has no node {node}: --node-name must be its name there, or neither its "
-            "annotations nor the Lease mean anything",
-        )
-    annotations = (found.get("metadata") or {}).get("annotations") or {}
+    except (ApiError, AccessError):
+        return ""
+    annotations = ((found or {}).get("metadata") or {}).get("annotations") or {}
     if annotations.get(OPT_OUT) != "disabled":
         return ""
     return f"the annotation {OPT_OUT}: disabled on node {node} forbids it"

@@ -72,7 +72,6 @@ class RotateCertificates:
             *Preflight.reasons,
             "KubeadmBusy",
             "KubeletUnhealthy",
-            "NodeUnknown",
             *Restore.reasons[Phase.SKIPPED],
         ),
     }
@@ -138,11 +137,11 @@ class RotateCertificates:
             plan = await self._preflight.plan(layout, due, by_person=forced)
             if plan.components and self._settings.restart != "none":
                 await self._refuse_unrestartable()
-            forbidden = ""  # without an API server only the configuration's own list counts
-            if plan.has_cluster and not plan.recovery:
-                forbidden = await opted_out(self._api, self._node)
         except RefusedError as refused:
             return Condition(broken=False, reason=refused.reason, message=str(refused))
+        forbidden = ""
+        if plan.has_cluster and not plan.recovery:
+            forbidden = await opted_out(self._api, self._node)
         first = min(due, key=lambda pair: pair.certificate.not_after)
         message = (
             f"{len(due)} of {len(layout.pairs)} certificates are due; {first.name} "

@@ -17,7 +17,7 @@ from pathlib import Path
 from exporter.checks.certificates import Root
 from exporter.checks.certificates.components import endpoint_of, manifest_flags
 from exporter.checks.certificates.served import ProbeError, probe
-from remediator.fixes.certificates.backup import BackupError, space_problem, sync
+from remediator.fixes.certificates.backup import sync
 from remediator.fixes.certificates.layout import ETCD_MANIFEST, ETCD_STASH, Layout
 from remediator.fixes.certificates.members import (
     MembersError,
@@ -34,28 +34,17 @@ _STOP_TIMEOUT = 180.0
 _GONE_FOR = 5.0  # seconds for which no etcd must have been seen
 
 
-async def copy_data(root: Root, uptake: Uptake, directory: str, target: Path, steps: Steps) -> None:
-    """Stop etcd and copy its data; it stays stopped. BackupError, OSError, RestartError.
-
-    directory: of backups on the host, in which `target` will be.
-    """
+async def copy_data(root: Root, uptake: Uptake, target: Path, steps: Steps) -> None:
+    """Stop etcd and copy its data; it stays stopped. OSError, RestartError."""
     data = stacked_flags(root).get("data-dir", "/var/lib/etcd")
-    source = Path(root.resolve(data))
-    if problem := await asyncio.to_thread(_no_room, root, directory, source):
-        raise BackupError(problem)
     async with steps.step("stop etcd", f"move {ETCD_MANIFEST} to {ETCD_STASH}") as step:
         if not is_stopped(root):
             _move(root, ETCD_MANIFEST, ETCD_STASH)
         await _await_stop(uptake)
         step.result = "etcd has stopped"
     async with steps.step("copy etcd", f"copy {data}") as step:
-        size = await asyncio.to_thread(_copy, source, target)
+        size = await asyncio.to_thread(_copy, Path(root.resolve(data)), target)
         step.result = f"{size >> 20} MiB copied"
-
-
-def _no_room(root: Root, directory: str, source: Path) -> str:
-    size = sum(path.lstat().st_size for path in source.rglob("*") if path.is_file())
-    return space_problem(root, directory, size)
 
 
 async def _await_stop(uptake: Uptake) -> None:

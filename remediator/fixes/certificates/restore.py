@@ -107,7 +107,6 @@ class Restore:
             raise CheckError(f"this is node {self._node}, not {target.node}")
         try:
             plan = await self._plan(name, forced=forced)
-            forbidden = await opted_out(self._api, self._node) if plan.locked else ""
         except RefusedError as refused:
             return Condition(broken=False, reason=refused.reason, message=str(refused))
         index = plan.backup.index
@@ -119,7 +118,7 @@ class Restore:
             if plan.expired
             else message,
             plan=self._describe(plan),
-            opted_out=forbidden,
+            opted_out=await opted_out(self._api, self._node) if plan.locked else "",
             detail=plan,
         )
 

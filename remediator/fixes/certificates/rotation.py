@@ -148,9 +148,7 @@ class Rotation:
                 etcd: Mapping[str, Any] = {}
                 if plan.recovery and "etcd" in plan.components:
                     copy = writer.partial / "etcd-data"
-                    await recovery.copy_data(
-                        self._root, self._uptake, self._settings.backup_directory, copy, steps
-                    )
+                    await recovery.copy_data(self._root, self._uptake, copy, steps)
                     etcd = {"data": "etcd-data"}
                 elif self._settings.etcd_snapshot and plan.components:
                     etcd = await self._snapshot(plan, writer, steps)

@@ -1,7 +1,6 @@
 """The way back goes to its end, whatever strikes meanwhile; nothing is left taken or stopped."""
 
 import asyncio
-import os
 from collections.abc import Awaitable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -169,23 +168,6 @@ async def test_c41_no_failure_leaves_etcd_stopped(
         await fix.apply(NODE, condition, steps(FullLog(2)))
     assert (pki.rootfs / ETCD_MANIFEST.lstrip("/")).exists()
     assert not (pki.rootfs / ETCD_STASH.lstrip("/")).exists()
-
-
-async def test_c41_etcd_is_not_stopped_for_a_copy_that_finds_no_room(
-    make_pki: MakePki, step_log: StepLog
-) -> None:
-    pki = make_pki(timedelta(days=3))
-    fix = rotate(pki)
-    condition = await recovering(fix, pki)
-    data = pki.rootfs / "var/lib/etcd/member/snap/db"
-    data.parent.mkdir(parents=True)
-    data.touch()
-    os.truncate(data, 8 << 40)  # a hole: it takes no room itself
-    with pytest.raises(FixError, match="a backup needs") as caught:
-        await fix.apply(NODE, condition, steps(step_log))
-    assert caught.value.reason == "BackupFailed"
-    assert step_log.names == []
-    assert (pki.rootfs / ETCD_MANIFEST.lstrip("/")).exists()
 
 
 async def test_c41_what_a_recovery_left_stopped_is_copied_and_goes_on(

@@ -18,7 +18,7 @@ from remediator.fixes.certificates.layout import ETCD_MANIFEST, ETCD_STASH, read
 from remediator.fixes.certificates.restart import Restarter, RestartError
 from remediator.fixes.certificates.uptake import Uptake
 from tests.certificates.conftest import MakePki, StepLog
-from tests.certificates.fake_api import fake_api, nothing
+from tests.certificates.fake_api import fake_api
 from tests.certificates.test_kubelet import kubelet
 from tests.certificates.test_rotate import NODE, rotate, steps
 from tests.cluster.pki import Pki
@@ -121,27 +121,6 @@ async def test_c45_an_etcd_whose_members_can_not_be_asked_is_not_ended(
     finally:
         member.kill()
         member.wait()
-
-
-async def test_c31_an_annotation_that_can_not_be_read_forbids_it_too(make_pki: MakePki) -> None:
-    pki = make_pki(timedelta(days=3))
-    place = "/api/v1/nodes/node-1"
-
-    async def lost(method: str, path: str) -> int:
-        return 500 if path == place else 0
-
-    async with fake_api(pki) as api:
-        fix = rotate(pki, restart="none")
-        assert (await fix.check(NODE)).opted_out == ""
-        api.objects[place] = {"metadata": {"annotations": {"upkeep.dev/remediation": "disabled"}}}
-        assert "node node-1 forbids it" in (await fix.check(NODE)).opted_out
-        api.meddle = lost
-        unknown = await fix.check(NODE)
-        assert (unknown.broken, unknown.reason) == (False, "ApiUnreachable")
-        del api.objects[place]
-        api.meddle = nothing
-        unnamed = await fix.check(NODE)
-        assert (unnamed.broken, unnamed.reason) == (False, "NodeUnknown")
 
 
 async def test_c41_an_etcd_that_a_recovery_left_stopped_is_named(make_pki: MakePki) -> None:
