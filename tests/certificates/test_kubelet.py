@@ -137,7 +137,7 @@ async def test_c17_for_one_that_never_comes_back_no_other_is_restarted(
         process = read_process(PROC, both[0], manager.pid)
         monkeypatch.setattr(Restarter, "find", lambda _, name: process if name == both[0] else None)
         async with kubelet(pki.rootfs):
-            fix = rotate(pki, component_timeout=2.0)
+            fix = rotate(pki, component_timeout=0.3)
             condition = await fix.check(NODE)
             assert isinstance(condition.detail, RotationPlan)
             plan = msgspec.structs.replace(condition.detail, components=both)

@@ -35,7 +35,7 @@ class SlowLog(StepLog):
         await super().record(index, step)
         if step.name in self._slow and step.ended_at is None:
             self.reached.set()
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.3)
 
 
 async def stopped(work: Awaitable[object], log: SlowLog, times: int = 1) -> BaseException | None:

@@ -27,7 +27,7 @@ PROC = Path("/proc")
 async def test_c47_a_leader_on_a_node_whose_clock_is_behind_leads_nevertheless(
     make_pki: MakePki, monkeypatch: pytest.MonkeyPatch, step_log: StepLog
 ) -> None:
-    monkeypatch.setattr(uptake, "_SERVED_TIMEOUT", 3.0)
+    monkeypatch.setattr(uptake, "_SERVED_TIMEOUT", 1.5)
     pki = make_pki()
     root = Root(pki.rootfs)
     use = Uptake(Settings(), root=root, procfs=PROC, clock=time.time, node_name="node-1")
