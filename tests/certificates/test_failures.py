@@ -11,13 +11,18 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from remediator.config import ConfigError, load
 from remediator.fixes import settings_types
-from remediator.fixes.certificates import commands
+from remediator.fixes.certificates import RotateCertificates, Settings, commands
 from remediator.fixes.certificates.plan import RotationPlan
 from remediator.fixes.certificates.renewal import await_kubeadm
 from remediator.journal import JournalError
@@ -82,6 +87,52 @@ async def test_c3_a_renewal_with_another_key_is_undone_before_a_restart(
     assert files(pki.directory) == before
 
 
+def sign_again(pki: Pki, *, without: str = "", by: str = "ca") -> None:
+    """The API server's certificate, by another CA or without one of its names."""
+    path, key = pki.directory / "pki/apiserver.crt", pki.directory / f"pki/{by}.key"
+    old = x509.load_pem_x509_certificate(path.read_bytes())
+    ca = x509.load_pem_x509_certificate(key.with_suffix(".crt").read_bytes())
+    builder = x509.CertificateBuilder(issuer_name=ca.subject, subject_name=old.subject)
+    builder = builder.public_key(old.public_key()).serial_number(x509.random_serial_number())
+    builder = builder.not_valid_before(old.not_valid_before_utc)
+    builder = builder.not_valid_after(old.not_valid_after_utc)
+    for extension in old.extensions:
+        value = extension.value
+        if isinstance(value, x509.SubjectAlternativeName):
+            value = x509.SubjectAlternativeName([n for n in value if n.value != without])
+        builder = builder.add_extension(value, extension.critical)
+    private = load_pem_private_key(key.read_bytes(), password=None)
+    signed = builder.sign(cast("RSAPrivateKey", private), SHA256())
+    path.write_bytes(signed.public_bytes(Encoding.PEM))
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")  # of kubeadm's CA
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"without": "kubernetes.default"}, "apiserver has lost the name kubernetes.default"),
+        ({"by": "front-proxy-ca"}, "apiserver is of another CA"),
+    ],
+)
+async def test_c46_a_renewal_that_loses_a_name_or_its_ca_is_undone_before_a_restart(
+    make_pki: MakePki, step_log: StepLog, wrong: dict[str, str], why: str
+) -> None:
+    pki = make_pki(timedelta(days=3))
+    before = files(pki.directory)
+
+    async def careless(arguments: Sequence[str], timeout: float) -> commands.Completed:
+        done = await commands.run(arguments, timeout)
+        if "renew" in arguments:
+            sign_again(pki, **wrong)
+        return done
+
+    fix = rotate(pki, careless)
+    with pytest.raises(FixError, match=why) as caught:
+        await fix.apply(NODE, await fix.check(NODE), steps(step_log))
+    assert caught.value.reason == "RolledBack"
+    assert files(pki.directory) == before
+
+
 async def failing(arguments: Sequence[str], timeout: float) -> commands.Completed:
     if "renew" in arguments:
         return commands.Completed(status=1, output="error: no")
@@ -132,6 +183,17 @@ async def test_c16_another_version_of_kubeadm(make_pki: MakePki) -> None:
 
     assert (await rotate(pki, says("v1.10.3")).check(NODE)).reason == "KubeadmTooOld"
     assert (await rotate(pki, says("what?")).check(NODE)).reason == "KubeadmFailed"
+
+
+async def test_c16_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
+    script = f"sleep 100 & echo $! > {tmp_path}/pid; exit 0"
+    with pytest.raises(commands.CommandError, match="did not end within"):
+        await commands.run(["sh", "-c", script], 0.5)
+    left = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    deadline = time.monotonic() + 10
+    while left.exists() and ") Z " not in left.read_text():  # nobody may reap it for us
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
 
 
 async def test_c4_a_missing_ca_is_named(make_pki: MakePki) -> None:
@@ -220,6 +282,30 @@ async def test_c28_only_the_hosts_own_kubeadm_is_waited_for(tmp_path: Path) -> N
     finally:
         process_.kill()
         process_.wait()
+
+
+async def test_c28_while_somebody_else_renews_nothing_is_begun(
+    make_pki: MakePki, tmp_path: Path
+) -> None:
+    pki = make_pki(timedelta(days=3))
+    process = tmp_path / "proc/99999999"
+    process.mkdir(parents=True)
+    (process / "cmdline").write_bytes(b"kubeadm\0certs\0renew\0all\0")
+    (process / "cgroup").write_text("0::/system.slice/k8s-certs-renew.service\n")
+    (process / "stat").write_text("99999999 (kubeadm) S " + "0 " * 40)
+    (process / "root").symlink_to(pki.rootfs)
+    fix = RotateCertificates(
+        Settings(kubeadm=str(pki.binaries.kubeadm)),
+        node_name="node-1",
+        rootfs=pki.rootfs,
+        procfs=tmp_path / "proc",
+    )
+    busy = await fix.check(NODE)
+    assert (busy.broken, busy.reason) == (False, "KubeadmBusy")
+    assert "pid 99999999" in busy.message
+    (process / "root").unlink()
+    (process / "root").symlink_to(tmp_path)  # another host's files
+    assert (await fix.check(NODE)).broken
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

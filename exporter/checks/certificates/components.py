@@ -25,6 +25,7 @@ MANIFESTS = f"{KUBERNETES_DIRECTORY}/manifests"
 ETCD_ENVIRONMENT = "/etc/etcd.env"
 _START_TOLERANCE = 1.0  # seconds: the boot time in /proc/stat is whole seconds
 _POD_UID = re.compile(rb"pod([0-9a-f]{32}|[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12})")
+_STATIC_UID = re.compile("[0-9a-f]{32}")  # a manifest's hash; the API's own have dashes
 _CONTAINER = re.compile(rb"[0-9a-f]{64}")
 _COMM = {  # the kernel keeps 15 characters of a name
     b"kube-apiserver": "kube-apiserver",
@@ -184,8 +185,8 @@ def _load_yaml(root: Root, path: str) -> Any:
 def find_processes(procfs: Path, root: Root) -> tuple[Process, ...]:
     """The control plane's processes on this node.
 
-    A tenant may run a process of any name. The control plane's own are in a pod whose log
-    directory is in kube-system, which no tenant can make.
+    A tenant may run a process of any name, and a Deployment a second scheduler. The control plane's
+    own are in a static pod whose log directory is in kube-system, which no tenant can make.
     """
     pods = _static_pods(root)
     if not pods:
@@ -228,7 +229,7 @@ def _static_pods(root: Root) -> dict[str, str]:
     for name in names:
         namespace, _, rest = name.partition("_")
         pod, _, uid = rest.rpartition("_")
-        if namespace != "kube-system":
+        if namespace != "kube-system" or not _STATIC_UID.fullmatch(uid):
             continue
         for component in _COMM.values():
             if pod.startswith(component + "-"):

@@ -94,12 +94,20 @@ class Etcd:
 
     async def healthy(self, url: str = "") -> bool:
         """Whether a member says it's healthy (it then has a leader). url: ours where empty."""
+        return not await self._complaint(url)
+
+    async def _complaint(self, url: str) -> str:
+        """What a member says is wrong with it, such as `ALARM NOSPACE`; empty where it's well."""
         try:
             async with self._session() as session, session.get(self._url(url, "/health")) as answer:
                 document = msgspec.json.decode(await answer.read())
         except (aiohttp.ClientError, TimeoutError, OSError, EtcdError, msgspec.DecodeError):
-            return False
-        return isinstance(document, dict) and str(document.get("health")).lower() == "true"
+            return "no answer"
+        if not isinstance(document, dict):
+            return "no answer"
+        if str(document.get("health")).lower() == "true":
+            return ""
+        return str(document.get("reason") or "not healthy")[:100]
 
     async def members(self) -> tuple[Member, ...]:
         """Every member, as the quorum knows it. EtcdError."""
@@ -117,14 +125,15 @@ class Etcd:
         return found
 
     async def unhealthy(self, members: Sequence[Member]) -> tuple[str, ...]:
-        """The names of those that are not healthy."""
-        return tuple(
-            [
-                member.name or "an unstarted member"
-                for member in members
-                if not any([await self.healthy(url) for url in member.client_urls])
-            ]
-        )
+        """The names of those that are not healthy, with what is wrong."""
+
+        async def complaint(member: Member) -> str:
+            said = await asyncio.gather(*map(self._complaint, member.client_urls))
+            if "" in said:
+                return ""
+            return f"{member.name or 'an unstarted member'} ({(said or ['not started'])[0]})"
+
+        return tuple(filter(None, await asyncio.gather(*map(complaint, members))))
 
     async def status(self) -> dict[str, Any]:
         """This member's own account of itself: version, dbSize, leader … EtcdError."""
@@ -248,4 +257,6 @@ def quorum_problem(members: Sequence[Member], unhealthy: Sequence[str]) -> str:
             f"etcd members not healthy: {', '.join(unhealthy)} of {len(members)}; restarting one "
             "more could cost the quorum"
         )
+    if learners := [member.name for member in members if member.is_learner]:
+        return f"etcd members still being added: {', '.join(learners)}; wait for their promotion"
     return ""

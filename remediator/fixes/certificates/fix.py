@@ -17,20 +17,32 @@ from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.cluster import opted_out
 from remediator.fixes.certificates.kept import Listed, list_backups
 from remediator.fixes.certificates.kubeadm import Kubeadm
+from remediator.fixes.certificates.kubelet import kubelet_problem
 from remediator.fixes.certificates.layout import Layout, Pair, read_layout
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import RefusedError, RotationPlan
 from remediator.fixes.certificates.preflight import Preflight
-from remediator.fixes.certificates.renewal import await_kubeadm
+from remediator.fixes.certificates.renewal import await_kubeadm, renewing
 from remediator.fixes.certificates.restore import PUT_BACK, Restore, Restoring
 from remediator.fixes.certificates.rotation import INTERRUPTED, Rotation
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import Uptake
-from remediator.model import CheckError, Condition, Fix, Outcome, Phase, Steps, Target
+from remediator.model import (
+    CheckError,
+    Condition,
+    Fix,
+    FixError,
+    Outcome,
+    Phase,
+    Steps,
+    Target,
+)
 
 log = get_logger("remediator.rotate-certificates")
 
 CLEARED = "ConditionCleared"
+TAKEN_UP = "take up"
+_MOST_DEATHS = 2  # one more is left to people, before the engine gives it up as it stands
 
 
 class RotateCertificates:
@@ -50,7 +62,13 @@ class RotateCertificates:
             INTERRUPTED,
             *Restore.reasons[Phase.FAILED],
         ),
-        Phase.SKIPPED: (CLEARED, *Preflight.reasons, *Restore.reasons[Phase.SKIPPED]),
+        Phase.SKIPPED: (
+            CLEARED,
+            *Preflight.reasons,
+            "KubeadmBusy",
+            "KubeletUnhealthy",
+            *Restore.reasons[Phase.SKIPPED],
+        ),
     }
 
     def __init__(
@@ -110,7 +128,10 @@ class RotateCertificates:
         if not due:
             return self._not_due(layout, now)
         try:
+            await asyncio.to_thread(self._refuse_two_renewals)
             plan = await self._preflight.plan(layout, due, by_person=forced)
+            if plan.components and self._settings.restart != "none":
+                await self._refuse_unrestartable()
         except RefusedError as refused:
             return Condition(broken=False, reason=refused.reason, message=str(refused))
         forbidden = ""
@@ -130,6 +151,16 @@ class RotateCertificates:
             opted_out=forbidden,
             detail=plan,
         )
+
+    def _refuse_two_renewals(self) -> None:
+        if (found := renewing(self._procfs, self._root)) is not None:
+            raise RefusedError(
+                "KubeadmBusy", f"somebody renews already: kubeadm with pid {found[0]} still runs"
+            )
+
+    async def _refuse_unrestartable(self) -> None:
+        if problem := await kubelet_problem(self._root):
+            raise RefusedError("KubeletUnhealthy", f"{problem}: mend it first")
 
     def _read_layout(self, target: Target) -> Layout:
         if target.node != self._node:
@@ -182,12 +213,34 @@ class RotateCertificates:
         )
 
     async def resume(self, target: Target, steps: Steps) -> Outcome:
-        """Finish or undo what a dead owner began."""
-        await await_kubeadm(self._procfs, self._settings.kubeadm_timeout)
-        if any(step.name == PUT_BACK for step in steps.earlier):
-            return await self._restore.resume(steps)
-        layout = await asyncio.to_thread(self._read_layout_or_none, target)
-        return await self._rotation.resume(layout, steps)
+        """Finish or undo what a dead owner began; not for ever, for it may be what killed it."""
+        restores = any(step.name == PUT_BACK for step in steps.earlier)
+        died = 1 + sum(step.name == TAKEN_UP for step in steps.earlier)
+        if died > _MOST_DEATHS:
+            message = (
+                f"its process died {died} times, at last in step {steps.earlier[-1].name!r}, so it "
+                f"is not taken up once more: look why it dies{_way_out(steps)}"
+            )
+            await self._rotation.let_go(steps, message)
+            raise FixError("RestoreFailed" if restores else INTERRUPTED, message)
+        try:
+            async with steps.step(TAKEN_UP, f"finish or undo what was begun; {died} died in it"):
+                await await_kubeadm(self._procfs, self._settings.kubeadm_timeout, self._root)
+            if restores:
+                return await self._restore.resume(steps)
+            layout = await asyncio.to_thread(self._read_layout_or_none, target)
+            return await self._rotation.resume(layout, steps)
+        except FixError:
+            raise
+        except asyncio.CancelledError:
+            if not restores:
+                await self._rotation.undo(steps, why="it was stopped, or ran out of time")
+            raise
+        except Exception as error:
+            if restores:
+                raise
+            await self._rotation.undo(steps, why=str(error))
+            raise FixError(INTERRUPTED, f"{error}; no new certificate is left") from error
 
     def restoring(self, backup: str, *, forced: bool) -> Fix:
         """`upkeep-remediator restore BACKUP`: the fix that puts this backup back and in use."""
@@ -204,6 +257,18 @@ class RotateCertificates:
             # A death in the middle of kubeadm's writing leaves such files: the backup mends them.
             log.warning("the certificates can't be read as they are", why=str(error))
             return None
+
+
+def _way_out(steps: Steps) -> str:
+    """How a person gets back to what there was before a dead owner began; empty where it's there.
+
+    That is the backup that it made first, whatever it was about to do.
+    """
+    begun = next((s for s in steps.earlier if s.name in ("renew", PUT_BACK)), None)
+    if begun is None:
+        return ""
+    kept = begun.data.get("kept") or Path(begun.data["directory"]).name
+    return f". What there was before: upkeep-remediator restore {kept}"
 
 
 def _ends(certificate: Certificate, now: float) -> str:

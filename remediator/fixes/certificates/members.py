@@ -22,7 +22,7 @@ import msgspec
 
 from exporter.checks.certificates import Root
 from exporter.checks.certificates.components import etcd_environment, manifest_flags
-from remediator.fixes.certificates.layout import ETCD_STASH
+from remediator.fixes.certificates.layout import ETCD_MANIFEST, ETCD_STASH
 
 _PAGE = struct.Struct("<QHHI")  # id, kind, count, overflow
 _META = struct.Struct("<IIIIQQQQQ")
@@ -50,13 +50,19 @@ class StoredMember(msgspec.Struct, frozen=True, rename={"peer_urls": "peerURLs"}
     peer_urls: tuple[str, ...] = ()
 
 
+def stacked_flags(root: Root) -> dict[str, str]:
+    """The flags of a stacked etcd, wherever a recovery has put its manifest."""
+    here = "etcd" if root.exists(ETCD_MANIFEST) else f"../{Path(ETCD_STASH).stem}"
+    return manifest_flags(root, here)
+
+
 def stored_members(root: Root) -> list[StoredMember]:
     """What the etcd of this node knows, whether it runs or not. MembersError.
 
     Members of a stacked etcd are control planes; one on the host says nothing of how many use it.
     """
-    flags = manifest_flags(root, "etcd") or etcd_environment(root)
-    if not flags and not root.exists(ETCD_STASH):
+    flags = stacked_flags(root) or etcd_environment(root)
+    if not flags:
         raise MembersError("this node has no etcd of its own")
     directory = flags.get("data-dir", "/var/lib/etcd")
     members = read_members(Path(root.resolve(f"{directory}/{_DATABASE}")))

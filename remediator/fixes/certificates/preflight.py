@@ -42,7 +42,14 @@ from remediator.fixes.certificates.kubeadm import (
     find_configuration,
     read_configuration,
 )
-from remediator.fixes.certificates.layout import Layout, Pair, PairError, check_pair
+from remediator.fixes.certificates.layout import (
+    ETCD_MANIFEST,
+    ETCD_STASH,
+    Layout,
+    Pair,
+    PairError,
+    check_pair,
+)
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.members import MembersError, stored_members
 from remediator.fixes.certificates.plan import (
@@ -51,6 +58,7 @@ from remediator.fixes.certificates.plan import (
     components_here,
     saved_configuration,
 )
+from remediator.fixes.certificates.recovery import is_stopped
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import newest_write
 
@@ -121,13 +129,14 @@ class Preflight:
         components = components_here(self._root)
         recovery, fetched = False, ""
         if "kube-apiserver" in components:
+            etcd = await self._look_at_etcd(layout)
             try:
                 await self._lease.check()
             except (ApiError, AccessError) as error:
-                await self._refuse_unless_expired(layout, str(error), by_person=by_person)
+                await self._refuse_unless_expired(layout, str(error), etcd, by_person=by_person)
                 recovery = True
             else:
-                fetched = await self._check_cluster(layout)
+                fetched = await self._check_cluster(etcd)
         config = self._configuration(layout, fetched=bool(fetched))
         if recovery and "etcd" in components:
             data = manifest_flags(self._root, "etcd").get("data-dir", "/var/lib/etcd")
@@ -150,37 +159,59 @@ class Preflight:
             recovery=recovery,
         )
 
-    async def _check_cluster(self, layout: Layout) -> str:
-        """The cluster's kubeadm configuration, once it is seen to be fit."""
+    async def _check_cluster(self, etcd: str) -> str:
+        """The cluster's kubeadm configuration, once it is seen to be fit.
+
+        etcd: what is wrong with it, if anything.
+        """
+        if etcd:
+            raise RefusedError("EtcdUnhealthy", etcd)
         try:
             if self._settings.require_ready_peers:
                 await refuse_unready_peers(self._api, self._node)
             await refuse_wrong_clock(self._api, self._node, self._clock)
-            fetched = await fetch_configuration(self._api, self._root, self._node)
+            return await fetch_configuration(self._api, self._root, self._node)
         except (ApiError, AccessError) as error:  # so it isn't gone, and nothing to recover from
             raise RefusedError(
                 "ApiUnreachable", f"{error}; it had answered a moment before: look at it first"
             ) from None
-        access = find_access(self._root, layout.pki)
-        if access is not None:
-            try:
-                etcd = Etcd(self._root, access)
-                members = await etcd.members()
-                problem = quorum_problem(members, await etcd.unhealthy(members))
-                status = await etcd.status()
-            except EtcdError as error:
-                raise RefusedError("EtcdUnhealthy", str(error)) from None
-            if problem:
-                raise RefusedError("EtcdUnhealthy", problem)
-            size = int(status.get("dbSize") or 0)
-            self._check_space(size if self._settings.etcd_snapshot else 0)
-        return fetched
 
-    async def _refuse_unless_expired(self, layout: Layout, why: str, *, by_person: bool) -> None:
+    async def _look_at_etcd(self, layout: Layout) -> str:
+        """What is wrong with its members, in a sentence; empty where nothing is, or none is here.
+        RefusedError where a snapshot would find no room.
+
+        Asked of our own member, before the API: an API server whose member is frozen answers late
+        or never, and a balancer may send us to that one.
+        """
+        if is_stopped(self._root):
+            return (
+                "etcd is stopped here by a recovery, which is under way or never ended: then "
+                f"mv {ETCD_STASH} {ETCD_MANIFEST}"
+            )
+        access = find_access(self._root, layout.pki)
+        if access is None:
+            return ""
+        try:
+            etcd = Etcd(self._root, access)
+            members = await etcd.members()
+            problem = quorum_problem(members, await etcd.unhealthy(members))
+            status = await etcd.status()
+        except EtcdError as error:
+            return str(error)
+        if self._settings.etcd_snapshot and not problem:
+            self._check_space(int(status.get("dbSize") or 0))
+        return problem
+
+    async def _refuse_unless_expired(
+        self, layout: Layout, why: str, etcd: str, *, by_person: bool
+    ) -> None:
         """An API that's gone because certificates expired is what recovery is for; else refuse."""
         now = self._clock()
         expired = [p.name for p in layout.pairs if p.certificate.remaining(now) < 0]
-        if not _NEEDED_BY_API.intersection(expired):
+        needed = _NEEDED_BY_API.intersection(expired)
+        if etcd and not needed:
+            raise RefusedError("EtcdUnhealthy", f"{etcd}; nor does the API answer: {why}")
+        if not needed:
             raise RefusedError(
                 "ApiUnreachable",
                 f"{why}; no certificate that it needs has expired, so that has another cause: mend "

@@ -19,7 +19,12 @@ from exporter.checks.certificates.components import endpoint_of, manifest_flags
 from exporter.checks.certificates.served import ProbeError, probe
 from remediator.fixes.certificates.backup import sync
 from remediator.fixes.certificates.layout import ETCD_MANIFEST, ETCD_STASH, Layout
-from remediator.fixes.certificates.members import MembersError, StoredMember, stored_members
+from remediator.fixes.certificates.members import (
+    MembersError,
+    StoredMember,
+    stacked_flags,
+    stored_members,
+)
 from remediator.fixes.certificates.restart import RestartError
 from remediator.fixes.certificates.uptake import Uptake
 from remediator.model import FixError, Steps
@@ -31,9 +36,10 @@ _GONE_FOR = 5.0  # seconds for which no etcd must have been seen
 
 async def copy_data(root: Root, uptake: Uptake, target: Path, steps: Steps) -> None:
     """Stop etcd and copy its data; it stays stopped. OSError, RestartError."""
-    data = manifest_flags(root, "etcd").get("data-dir", "/var/lib/etcd")
+    data = stacked_flags(root).get("data-dir", "/var/lib/etcd")
     async with steps.step("stop etcd", f"move {ETCD_MANIFEST} to {ETCD_STASH}") as step:
-        _move(root, ETCD_MANIFEST, ETCD_STASH)
+        if not is_stopped(root):
+            _move(root, ETCD_MANIFEST, ETCD_STASH)
         await _await_stop(uptake)
         step.result = "etcd has stopped"
     async with steps.step("copy etcd", f"copy {data}") as step:
@@ -90,7 +96,14 @@ async def start(root: Root, uptake: Uptake, steps: Steps, *, healthy: bool) -> N
     if not is_stopped(root):
         return
     async with steps.step("start etcd", f"move {ETCD_STASH} back to {ETCD_MANIFEST}"):
-        _move(root, ETCD_STASH, ETCD_MANIFEST)
+        try:
+            _move(root, ETCD_STASH, ETCD_MANIFEST)
+        except OSError as error:
+            raise RestartError(
+                "etcd",
+                f"etcd is stopped and can't be started again ({error.strerror}): "
+                f"mv {ETCD_STASH} {ETCD_MANIFEST}",
+            ) from None
         if healthy:
             await uptake.await_healthy("etcd")
 

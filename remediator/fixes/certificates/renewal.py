@@ -1,20 +1,32 @@
 """Whether a renewal came out whole, and putting back what did not."""
 
 import asyncio
+import base64
 import contextlib
 import os
 import signal
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from cryptography import x509
+from cryptography.utils import CryptographyDeprecationWarning
 
 from exporter.checks.certificates import Root
 from exporter.checks.certificates.layouts import PKI_DIRECTORIES
 from exporter.checks.certificates.parsing import parse
 from exporter.checks.cgroups import parse_membership
 from remediator.fixes.certificates.backup import Backup, BackupError, put_back, read_files
-from remediator.fixes.certificates.layout import Layout, PairError, check_pair, read_layout
+from remediator.fixes.certificates.layout import (
+    Layout,
+    Pair,
+    PairError,
+    check_pair,
+    current_user,
+    read_layout,
+)
 from remediator.host import start_time
 from remediator.model import CheckError, FixError, Steps
 
@@ -44,9 +56,55 @@ def check_renewed(root: Root, before: Layout, now: float) -> Layout:
     return after
 
 
-def is_whole(root: Root, layout: Layout, old: Mapping[str, str], now: float) -> bool:
-    """Whether every certificate is another than the old one, alive, and fits its key."""
-    new = layout.serials
+def check_names(root: Root, backup: Backup, after: Layout) -> None:
+    """See that each is of whom, and for what, the one in the backup is, and of the CA that is here.
+    RenewalError, BackupError.
+
+    A name that is lost breaks those clients only that come by it, long after all else was checked.
+    """
+    archived = {root.real(pair.certificate.path): pair for pair in after.pairs}
+    kept = read_files(backup, archived.__contains__)
+    if missing := sorted(archived.keys() - kept.keys()):
+        raise RenewalError(f"not in the backup: {', '.join(missing)}")
+    with warnings.catch_warnings():  # kubeadm's CAs had the serial number 0 for years
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        for path, pair in archived.items():
+            try:
+                old = _leaf(pair, kept[path])
+                new = _leaf(pair, Path(root.resolve(pair.certificate.path)).read_bytes())
+                authority = x509.load_pem_x509_certificates(
+                    Path(root.resolve(pair.ca + ".crt")).read_bytes()
+                )
+                lost = sorted(_claims(old) - _claims(new))
+            except (OSError, ValueError, KeyError) as error:
+                why = f"{pair.name} can't be compared with the old one ({type(error).__name__})"
+                raise RenewalError(why) from None
+            if lost:
+                raise RenewalError(f"{pair.name} has lost {', '.join(lost)}")
+            if new.issuer not in [ca.subject for ca in authority]:
+                raise RenewalError(f"{pair.name} is of another CA than {pair.ca}.crt")
+
+
+def _leaf(pair: Pair, data: bytes) -> x509.Certificate:
+    if pair.key == pair.certificate.path:
+        data = base64.b64decode(current_user(data)["client-certificate-data"])
+    return x509.load_pem_x509_certificate(data)
+
+
+def _claims(certificate: x509.Certificate) -> set[str]:
+    """Whose it is, the names it is good for and what for, each in words."""
+    claims = {f"the subject {certificate.subject.rfc4514_string()}"}
+    for extension in certificate.extensions:
+        if isinstance(extension.value, x509.SubjectAlternativeName):
+            claims |= {f"the name {name.value}" for name in extension.value}
+        elif isinstance(extension.value, x509.ExtendedKeyUsage):
+            claims |= {f"the usage {usage.dotted_string}" for usage in extension.value}
+    return claims
+
+
+def is_whole(root: Root, backup: Backup, layout: Layout, now: float) -> bool:
+    """Whether every certificate is another than the one in the backup, alive, and as good."""
+    new, old = layout.serials, backup.index.serials
     if new.keys() != old.keys() or any(new[name] == old[name] for name in old):
         return False
     if any(pair.certificate.remaining(now) <= 0 for pair in layout.pairs):
@@ -54,19 +112,20 @@ def is_whole(root: Root, layout: Layout, old: Mapping[str, str], now: float) -> 
     try:
         for pair in layout.pairs:
             check_pair(root, pair)
-    except PairError:
+        check_names(root, backup, layout)
+    except (PairError, RenewalError, BackupError):
         return False
     return True
 
 
-async def await_kubeadm(procfs: Path, timeout: float) -> None:  # noqa: ASYNC109
+async def await_kubeadm(procfs: Path, timeout: float, root: Root | None = None) -> None:  # noqa: ASYNC109
     """Wait for the end of a `kubeadm certs renew` that outlived its remediator, or end it.
 
     Until then the files are its own: what it would still write must not be taken for the result.
-    timeout: seconds after which its remediator would have ended it.
+    timeout: seconds after which its remediator would have ended it. root: as in `renewing`.
     """
     ends = time.monotonic() + timeout
-    while (found := await asyncio.to_thread(_renewing, procfs)) is not None:
+    while (found := await asyncio.to_thread(renewing, procfs, root)) is not None:
         pid, started = found
         if time.monotonic() > ends:
             with contextlib.suppress(ProcessLookupError):
@@ -79,9 +138,12 @@ async def await_kubeadm(procfs: Path, timeout: float) -> None:  # noqa: ASYNC109
         await asyncio.sleep(0.2)
 
 
-def _renewing(procfs: Path) -> tuple[int, int] | None:
+def renewing(procfs: Path, root: Root | None = None) -> tuple[int, int] | None:
     """Pid and start time of the host's own kubeadm. A tenant may call a process anything, but it is
-    in a container."""
+    in a container.
+
+    root: where the files of the host are; one that renews others does not count.
+    """
     for entry in os.scandir(procfs):
         if not entry.name.isdigit():
             continue
@@ -92,12 +154,27 @@ def _renewing(procfs: Path) -> tuple[int, int] | None:
             contained = parse_membership(Path(entry.path, "cgroup").read_bytes()).container
             if contained is not None or Path(entry.path).stat().st_uid != 0:
                 continue
+            if root is not None and not _is_about(Path(entry.path), words, root):
+                continue
             started = start_time(int(entry.name), procfs)
         except OSError:
             continue
         if started is not None:
             return int(entry.name), started
     return None
+
+
+def _is_about(process: Path, words: list[bytes], root: Root) -> bool:
+    """Whether the host's files are what it renews; where that can't be known, they may be."""
+    here = root.resolve("/").rstrip("/")
+    if here and here.encode() in words:  # its --rootfs, to which it may not have changed yet
+        return True
+    try:
+        return (process / "root/etc/kubernetes").samefile(root.resolve("/etc/kubernetes"))
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return True
 
 
 async def roll_back(

@@ -78,7 +78,9 @@ class Restarter:
                 return
             signal.pidfd_send_signal(descriptor, signal.SIGTERM)
             ends = time.monotonic() + _END_TIMEOUT
-            while not select.select([descriptor], [], [], 0)[0]:
+            ended = select.poll()  # select() itself knows no descriptor above 1023
+            ended.register(descriptor, select.POLLIN)
+            while not ended.poll(0):
                 if time.monotonic() > ends:
                     raise RestartError(
                         process.component,

@@ -265,7 +265,7 @@ class Restore:
             quorum = plan.locked and counted
             await self._uptake.restart(components, layout, steps, quorum=quorum)
             if "kube-apiserver" in components and self._settings.restart != "none":
-                await self._uptake.verify(components, layout, steps)
+                await self._uptake.verify(components, steps)
         except Exception as error:
             back = f"what was there before is {kept}"
             if is_whole_set(self._root, self._settings.backup_directory, kept):

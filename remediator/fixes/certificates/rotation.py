@@ -6,7 +6,7 @@ the disk what came of it, and every step may be taken twice.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access
 from remediator.fixes.certificates.kept import discard_begun, prune
 from remediator.fixes.certificates.kubeadm import Kubeadm
 from remediator.fixes.certificates.layout import Layout
+from remediator.fixes.certificates.lease import NAME as LEASE
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import (
     RefusedError,
@@ -40,13 +41,15 @@ from remediator.fixes.certificates.plan import (
 )
 from remediator.fixes.certificates.renewal import (
     ROLL_BACK,
+    check_names,
     check_renewed,
     is_whole,
     roll_back,
 )
 from remediator.fixes.certificates.restart import RestartError
 from remediator.fixes.certificates.settings import Settings
-from remediator.fixes.certificates.uptake import NotServedError, Uptake
+from remediator.fixes.certificates.uptake import Uptake
+from remediator.fixes.certificates.way_back import WayBack, to_its_end
 from remediator.model import FixError, Outcome, Phase, Step, Steps
 
 INTERRUPTED = "Interrupted"
@@ -71,6 +74,7 @@ class Rotation:
         self._clock = clock
         self._node = node_name
         self._uptake = Uptake(settings, root=root, procfs=procfs, clock=clock, node_name=node_name)
+        self._way_back = WayBack(settings, root, self._uptake)
         self._lease = RotationLease(ApiServer(root), node_name, settings.deadline, clock)
 
     def describe(self, plan: RotationPlan) -> tuple[str, ...]:
@@ -96,24 +100,37 @@ class Rotation:
     async def run(self, plan: RotationPlan, steps: Steps) -> Outcome:
         """Rotate. FixError where it ended with the old certificates in place, or worse."""
         locked = plan.has_cluster and not plan.recovery
-        if locked:
-            try:
-                await self._take_lease(steps)
-            except RefusedError as refused:
-                return Outcome(phase=Phase.SKIPPED, reason=refused.reason, message=str(refused))
         failed = ""
         try:
+            if locked:
+                await self._take_lease(steps)
             backup = await self._back_up(plan, steps)
             failed = "it was interrupted"
             outcome = await self._change(plan, backup, steps)
             failed = ""
+        except RefusedError as refused:
+            locked = refused.reason == "ApiUnreachable"  # the answer was lost: it may be ours
+            return Outcome(phase=Phase.SKIPPED, reason=refused.reason, message=str(refused))
         except FixError as error:
             failed = failed and str(error)
             raise
         finally:
-            if locked:
-                await asyncio.shield(self._lease.release(failed=failed))
+            await to_its_end(self._leave(steps.unfailing(), locked=locked, failed=failed))
         return outcome
+
+    async def _leave(self, steps: Steps, *, locked: bool, failed: str) -> None:
+        """Leave neither etcd stopped nor the Lease taken. FixError."""
+        try:
+            await recovery.start(self._root, self._uptake, steps, healthy=False)
+        except RestartError as error:
+            raise FixError("RestartFailed", str(error)) from None
+        finally:
+            if locked and not await self._lease.release(failed=failed):
+                async with steps.step("unlock", "give the Lease back") as step:
+                    step.result = (
+                        "the API server did not take it: no other node rotates before "
+                        f"kubectl -n kube-system delete lease {LEASE}"
+                    )
 
     async def _take_lease(self, steps: Steps) -> None:
         async with steps.step("lock", "take the Lease that lets one node rotate at a time"):
@@ -136,11 +153,8 @@ class Rotation:
                 elif self._settings.etcd_snapshot and plan.components:
                     etcd = await self._snapshot(plan, writer, steps)
                 return await self._back_up_files(plan, writer, directory, etcd, steps=steps)
-            except BaseException:
-                await asyncio.shield(recovery.start(self._root, self._uptake, steps, healthy=False))
-                raise
             finally:
-                writer.discard()
+                await to_its_end(asyncio.to_thread(writer.discard))
         except (BackupError, EtcdError, RestartError, OSError) as error:
             why = getattr(error, "strerror", None) or str(error)
             raise FixError("BackupFailed", f"{why}; no certificate was changed") from None
@@ -181,37 +195,54 @@ class Rotation:
                 replace(target, plan.fetched_config.encode(), mode=0o600, owner=owner)
             copies = [p for p in self._settings.kubeconfig_copies if self._root.exists(p)]
             files = await asyncio.to_thread(writer.add_files, copies, plan.layout.files)
-            backup = writer.finish(
-                Index(
-                    node=self._node,
-                    created=datetime.fromtimestamp(self._clock(), UTC),
-                    serials=plan.layout.serials,
-                    files=files,
-                    etcd=etcd,
-                )
+            index = Index(
+                node=self._node,
+                created=datetime.fromtimestamp(self._clock(), UTC),
+                serials=plan.layout.serials,
+                files=files,
+                etcd=etcd,
             )
+            backup = await asyncio.to_thread(writer.finish, index)
             step.result = f"{len(files)} files, read back and compared"
         return backup
 
     async def _change(self, plan: RotationPlan, backup: Backup, steps: Steps) -> Outcome:
         """Renew and bring into use; on any failure bring the old ones back into use."""
         begun = self._clock()
-        try:
+
+        async def forward() -> Outcome:
             await self._renew(plan, backup, begun, steps)
+            if not plan.recovery:
+                await self._uptake.await_absent(plan.components, steps)
             return await self._use(plan, steps)
+
+        return await self._or_back(forward(), plan, backup, begun, steps=steps)
+
+    async def _or_back(
+        self,
+        work: Awaitable[Outcome],
+        plan: RotationPlan,
+        backup: Backup,
+        begun: float,
+        *,
+        steps: Steps,
+    ) -> Outcome:
+        """What the work comes to; where it fails or is cut short, the old certificates in use."""
+        try:
+            return await work
         except FixError:  # whole, and waiting for other nodes: there is nothing to undo
             raise
         except Exception as error:  # a journal that's away too: nothing may be left half-way
-            await self._undo(plan, backup, begun, steps, why=str(error))
+            await self._way_back.go(plan, backup, begun, steps, why=str(error))
             raise FixError("RolledBack", f"{error}; the old certificates are back") from error
         except asyncio.CancelledError:
-            await asyncio.shield(self._undo(plan, backup, begun, steps, why="out of time"))
+            why = "it was stopped, or ran out of time"
+            await self._way_back.go(plan, backup, begun, steps, why=why)
             raise
 
     async def _renew(self, plan: RotationPlan, backup: Backup, begun: float, steps: Steps) -> None:
         data: Mapping[str, Any] = {
             "directory": f"{self._settings.backup_directory}/{backup.directory.name}",
-            "serials": plan.layout.serials,
             "config": plan.config,
             "recovery": plan.recovery,
             "begun": begun,
@@ -219,7 +250,8 @@ class Rotation:
         async with steps.step("renew", "kubeadm certs renew all", **data) as step:
             await self._kubeadm.renew_all(plan.config)
             new = await asyncio.to_thread(check_renewed, self._root, plan.layout, begun)
-            step.result = f"{len(new.pairs)} certificates renewed, keys match"
+            await asyncio.to_thread(check_names, self._root, backup, new)
+            step.result = f"{len(new.pairs)} certificates renewed, keys match, and names"
 
     async def _use(self, plan: RotationPlan, steps: Steps) -> Outcome:
         """Copies, restarts, verification: each may be done twice. RestartError, NotServedError."""
@@ -237,82 +269,65 @@ class Rotation:
                 plan.components, plan.layout, steps, quorum=not plan.recovery
             )
         if plan.has_cluster and self._settings.restart != "none":
-            await self._uptake.verify(plan.components, plan.layout, steps)
+            await self._uptake.verify(plan.components, steps)
         async with steps.step("prune", "remove old backups") as step:
-            directory = self._settings.backup_directory
-            removed = prune(self._root, directory, self._settings.keep_backups, node=self._node)
-            step.result = f"{len(removed)} removed"
+            step.result = await asyncio.to_thread(self._prune)
         return Outcome(
             phase=Phase.SUCCEEDED,
             reason="Renewed",
             message=f"{len(plan.layout.pairs)} certificates renewed on node {self._node}",
         )
 
-    async def _undo(
-        self, plan: RotationPlan, backup: Backup, begun: float, steps: Steps, *, why: str
-    ) -> None:
-        """The old certificates back in place and in use. FixError where that fails too."""
-        steps = steps.unfailing()
-        if plan.recovery:  # the old ones have expired: nothing works with them
-            await recovery.start(self._root, self._uptake, steps, healthy=False)
-            raise FixError(
-                "RenewalFailed",
-                f"{why}; the old certificates have expired and were not put back: they are in "
-                f"{backup.directory.name}",
-            )
-        layout = await roll_back(self._root, backup, steps)
+    def _prune(self) -> str:
+        """What was removed, or why not, in words: no reason to give a rotation up."""
         try:
-            await self._uptake.restart(plan.components, layout, steps, since=begun)
-            if plan.has_cluster and self._settings.restart != "none":
-                # An API server that read the new ones by itself serves them for a minute more.
-                await self._uptake.verify(plan.components, layout, steps)
-        except (RestartError, NotServedError, OSError) as error:
-            raise FixError(
-                "RestartFailed", f"{why}; the old certificates were put back, but {error}"
-            ) from error
+            directory = self._settings.backup_directory
+            removed = prune(self._root, directory, self._settings.keep_backups, node=self._node)
+            return f"{len(removed)} removed"
+        except OSError as error:
+            return f"{error.filename} could not be looked through: {error.strerror}"
 
     async def resume(self, layout: Layout | None, steps: Steps) -> Outcome:
         """Finish or undo what a dead owner began; by what is on disk, never blindly."""
-        renewal = next((s for s in reversed(steps.earlier) if s.name == "renew"), None)
-        if renewal is None:
-            await self._resume_before_renewal(steps)
-            return Outcome(
-                phase=Phase.FAILED,
-                reason=INTERRUPTED,
-                message="it was interrupted before any certificate was changed",
-            )
-        failed = "it was interrupted, and ending it failed"
+        renewal = _renewal(steps)
+        failed = "it was interrupted, and ending it failed" if renewal else ""
         try:
+            if renewal is None:
+                directory = self._settings.backup_directory
+                await asyncio.to_thread(discard_begun, self._root, directory)
+                return Outcome(
+                    phase=Phase.FAILED,
+                    reason=INTERRUPTED,
+                    message="it was interrupted before any certificate was changed",
+                )
             outcome = await self._resume_after_renewal(renewal, layout, steps)
             failed = "" if outcome.phase is Phase.SUCCEEDED else outcome.message
         except FixError as error:
             failed = str(error)
             raise
         finally:
-            if any(step.name == "lock" for step in steps.earlier):
-                await asyncio.shield(self._lease.release(failed=failed))
+            await self.let_go(steps, failed)
         return outcome
 
-    async def _resume_before_renewal(self, steps: Steps) -> None:
-        try:
-            await recovery.start(self._root, self._uptake, steps, healthy=False)
-        except RestartError as error:
-            raise FixError("RestartFailed", str(error)) from None
-        discard_begun(self._root, self._settings.backup_directory)
-        if any(step.name == "lock" for step in steps.earlier):
-            await self._lease.release()
+    async def let_go(self, steps: Steps, failed: str) -> None:
+        """Leave what a dead owner began, but neither etcd stopped nor the Lease taken. FixError."""
+        locked = any(step.name == "lock" for step in steps.earlier)
+        await to_its_end(self._leave(steps.unfailing(), locked=locked, failed=failed))
 
-    async def _resume_after_renewal(
-        self, renewal: Step, layout: Layout | None, steps: Steps
-    ) -> Outcome:
+    async def undo(self, steps: Steps, *, why: str) -> None:
+        """The way back of what a dead owner began, whatever else has failed. FixError."""
+        if (renewal := _renewal(steps)) is not None:
+            plan, backup = await to_its_end(self._left(renewal, None))
+            await self._way_back.go(plan, backup, renewal.data["begun"], steps, why=why)
+
+    async def _left(self, renewal: Step, layout: Layout | None) -> tuple[RotationPlan, Backup]:
+        """What a dead owner had in mind, and what there is to go back to. FixError."""
         data = renewal.data
         directory = Path(self._root.resolve(data["directory"]))
         try:
             backup = await asyncio.to_thread(load, directory)
         except BackupError as error:
             raise FixError("RollbackFailed", str(error)) from None
-        undone = any(step.name == ROLL_BACK for step in steps.earlier)
-        whole = layout is not None and is_whole(self._root, layout, data["serials"], self._clock())
         plan = RotationPlan(
             layout=layout or Layout(pki="", pairs=(), etcd=""),
             due=(),
@@ -320,19 +335,34 @@ class Rotation:
             components=components_here(self._root),
             recovery=data["recovery"],
         )
+        return plan, backup
+
+    async def _resume_after_renewal(
+        self, renewal: Step, layout: Layout | None, steps: Steps
+    ) -> Outcome:
+        plan, backup = await self._left(renewal, layout)
+        undone = any(step.name == ROLL_BACK for step in steps.earlier)
+        whole = layout is not None and is_whole(self._root, backup, layout, self._clock())
         why = "the rotation was interrupted"
         if whole and not undone:
             try:
                 return await self._use(plan, steps)
-            except (RestartError, NotServedError, OSError) as error:
+            except FixError:
+                raise
+            except Exception as error:  # noqa: BLE001 - a journal that's away too
                 why = f"{why}, and {error}"
         elif plan.recovery:  # forward is the only way, from files that are whole
-            old = await roll_back(self._root, backup, steps)
-            plan = msgspec.structs.replace(plan, layout=old)
+            before = await roll_back(self._root, backup, steps)
+            plan = msgspec.structs.replace(plan, layout=before)
             return await self._change(plan, backup, steps)
-        await self._undo(plan, backup, data["begun"], steps, why=why)
+        await self._way_back.go(plan, backup, renewal.data["begun"], steps, why=why)
         return Outcome(
             phase=Phase.FAILED,
             reason=INTERRUPTED,
             message=f"{why}; the old certificates are back",
         )
+
+
+def _renewal(steps: Steps) -> Step | None:
+    """The step with which a dead owner began to change something."""
+    return next((s for s in reversed(steps.earlier) if s.name == "renew"), None)

@@ -7,7 +7,6 @@ new process, in the order in which components need each other, each healthy befo
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 
 from exporter.checks.certificates import CertificateReader, Root
@@ -18,6 +17,7 @@ from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access, quorum_problem
 from remediator.fixes.certificates.host_etcd import HostEtcd
+from remediator.fixes.certificates.kubelet import kubelet_problem
 from remediator.fixes.certificates.layout import Layout
 from remediator.fixes.certificates.restart import Restarter, RestartError
 from remediator.fixes.certificates.settings import Settings
@@ -84,6 +84,8 @@ class Uptake:
                 # Those two are stale or not by their start alone, so that is put right too.
                 begun_by = 0.0 if component in _READ_AT_START else since
                 if process is not None and self._is_older(process, written, begun_by):
+                    if problem := await kubelet_problem(self._root):
+                        raise RestartError(component, problem)
                     if component == "etcd" and quorum:
                         await self._await_quorum(layout)
                     begun = time.monotonic()
@@ -96,6 +98,17 @@ class Uptake:
                 else:  # it ended by itself, or never had other certificates: not once more
                     new = await self._restarter.await_healthy(component)
                     step.result = f"pid {new.pid} is healthy and needs no restart"
+
+    async def await_absent(self, components: Sequence[str], steps: Steps) -> None:
+        """Wait for those that were away before, in a back-off: one that never comes back is no
+        reason to restart the others. RestartError."""
+        if self._settings.restart == "none":
+            return
+        for component in components:
+            if await asyncio.to_thread(self._restarter.find, component) is None:
+                message = f"{component} does not run: see that it comes back with the new files"
+                async with steps.step(f"await {component}", message):
+                    await self._restarter.await_healthy(component)
 
     async def _restart_host_etcd(self, layout: Layout, steps: Steps, *, quorum: bool) -> None:
         """A new process from systemd, only where its own files changed. RestartError."""
@@ -144,7 +157,7 @@ class Uptake:
         """Every member healthy before one goes; the wait is for one that is just coming back."""
         access = find_access(self._root, layout.pki)
         if access is None:
-            return
+            raise RestartError("etcd", "etcd's manifest does not say how its members are asked")
         etcd = Etcd(self._root, access)
         ends = time.monotonic() + self._settings.component_timeout
         while True:
@@ -167,11 +180,11 @@ class Uptake:
             return access is not None and await Etcd(self._root, access).healthy()
         return await self._restarter.answers_healthz(component)
 
-    async def verify(self, components: Sequence[str], layout: Layout, steps: Steps) -> None:
+    async def verify(self, components: Sequence[str], steps: Steps) -> None:
         """See that everything uses what is on disk. NotServedError."""
         async with steps.step("verify", "what is served, who leads, a request as admin") as step:
             served = await self._await_served()
-            await self._await_leaders([c for c in components if c in _READ_AT_START], layout)
+            await self._await_leaders([c for c in components if c in _READ_AT_START])
             await self._await_answer()
             step.result = f"served: {', '.join(served) or 'nothing here'}; admin.conf works"
 
@@ -216,23 +229,29 @@ class Uptake:
             return ""
         return f"{endpoint} serves {served.serial}, {path} is {leaf.serial}"
 
-    async def _await_leaders(self, components: Sequence[str], layout: Layout) -> None:
-        """Somebody leads, and said so after the files were written: new credentials work."""
-        written = newest_write(self._root, layout)
+    async def _await_leaders(self, components: Sequence[str]) -> None:
+        """Somebody leads, and says so anew: its credentials work. No clock is compared, for the
+        leader may be on another node, with another clock."""
         ends = time.monotonic() + _SERVED_TIMEOUT
         for component in components:
             path = f"/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/{component}"
-            while await self._led_at(path) <= written:
+            first = ""
+            while True:
+                led = await self._led_at(path)
+                if first and led not in ("", first):
+                    break
+                first = first or led
                 if time.monotonic() > ends:
                     raise NotServedError(f"no {component} has led since the renewal")
                 await asyncio.sleep(_POLL)
 
-    async def _led_at(self, path: str) -> float:
+    async def _led_at(self, path: str) -> str:
+        """When the leader last said so, by its own clock; empty where that can't be known."""
         try:
             lease = await self._api.get(path)
-            return datetime.fromisoformat(str(lease["spec"]["renewTime"])).timestamp()
-        except (ApiError, AccessError, TypeError, KeyError, ValueError):
-            return 0.0
+            return str(lease["spec"]["renewTime"])
+        except (ApiError, AccessError, TypeError, KeyError):
+            return ""
 
 
 def newest_write(root: Root, layout: Layout) -> float:
