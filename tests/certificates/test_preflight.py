@@ -114,7 +114,15 @@ def control_plane(make_pki: MakePki) -> Pki:
     pki = make_pki({"scheduler.conf": timedelta(days=-1), "front-proxy-client": timedelta(days=-1)})
     (pki.directory / MANIFESTS).mkdir()
     (pki.directory / MANIFESTS / "kube-apiserver.yaml").touch()
+    say_no_kubelet_has_a_port(pki)
     return pki
+
+
+def say_no_kubelet_has_a_port(pki: Pki) -> None:
+    """So that nobody asks one for its health."""
+    settings = pki.rootfs / "var/lib/kubelet/config.yaml"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text("healthzPort: 0\n")
 
 
 @pytest.mark.root
@@ -221,6 +229,7 @@ async def test_c9_a_recovery_makes_sure_of_room_for_etcds_data_before_it_stops_e
     pki = make_pki(timedelta(days=-1))
     (pki.directory / MANIFESTS).mkdir()
     (pki.directory / MANIFESTS / "kube-apiserver.yaml").touch()
+    say_no_kubelet_has_a_port(pki)
     command = ["etcd", "--data-dir=/var/lib/data"]
     pod = {"spec": {"containers": [{"command": command}]}}
     (pki.directory / MANIFESTS / "etcd.yaml").write_text(yaml.safe_dump(pod))

@@ -26,7 +26,7 @@ from remediator.fixes.certificates.backup import (
     put_back,
 )
 from remediator.fixes.certificates.backup_place import link_problem
-from remediator.fixes.certificates.etcd import Etcd, EtcdAccess, EtcdError
+from remediator.fixes.certificates.etcd import Etcd, EtcdAccess, EtcdError, Member
 from remediator.fixes.certificates.kept import discard_begun, prune
 from remediator.fixes.certificates.layout import Layout
 from remediator.fixes.certificates.plan import RefusedError
@@ -257,12 +257,12 @@ async def test_c5_no_restore_is_begun_while_another_member_is_unhealthy(
     async def healthy(_: object) -> bool:
         return own is not False
 
-    async def members(_: object) -> tuple[str, ...]:
+    async def members(_: object) -> tuple[Member, ...]:
         if own is None:
             raise EtcdError("not with these certificates")
-        return ("a", "b")
+        return tuple(Member(name=name, client_urls=(), is_learner=False) for name in "ab")
 
-    async def unhealthy(_: object, members: tuple[str, ...]) -> tuple[str, ...]:
+    async def unhealthy(_: object, members: tuple[Member, ...]) -> tuple[str, ...]:
         return others if members else ()
 
     there = EtcdAccess(endpoint="127.0.0.1:1", ca="", certificate="", key="")
