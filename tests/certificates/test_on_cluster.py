@@ -146,7 +146,7 @@ def _rolled_back(cluster: KubeadmCluster, folder: Path, component: str, **settin
 def test_c12_a_component_that_does_not_come_up_is_rolled_back(
     no_lease: KubeadmCluster, tmp_path: Path, *, soak: bool
 ) -> None:
-    _rolled_back(no_lease, tmp_path, "scheduler", component_timeout=40, restart="needed")
+    _rolled_back(no_lease, tmp_path, "scheduler", component_timeout=60, restart="needed")
     if soak:  # its back-off alone takes minutes
         _rolled_back(no_lease, tmp_path / "again", "apiserver", component_timeout=90)
 
