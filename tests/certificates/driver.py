@@ -13,13 +13,9 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from exporter import logs
 from remediator.config import hook, load
@@ -48,31 +44,11 @@ class DyingJournal(LiveJournal):
 PKI = Path("/etc/kubernetes/pki")
 
 
-def _sign_by_another(name: str) -> None:
-    """Make a pair whole that is signed by the wrong CA."""
-    path = PKI / f"{name}.crt"
-    request = x509.load_pem_x509_certificate(path.read_bytes())
-    key = load_pem_private_key((PKI / "front-proxy-ca.key").read_bytes(), password=None)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(request.subject)
-        .issuer_name(request.issuer)
-        .public_key(request.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(request.not_valid_before_utc)
-        .not_valid_after(request.not_valid_after_utc)
-    )
-    for extension in request.extensions:
-        builder = builder.add_extension(extension.value, extension.critical)
-    signed = builder.sign(cast("RSAPrivateKey", key), SHA256())
-    path.write_bytes(signed.public_bytes(Encoding.PEM))
-
-
-async def foreign_apiserver(arguments: Sequence[str], timeout: float) -> commands.Completed:
-    """kubeadm, after which nobody trusts what the API server will serve."""
+async def unusable_apiserver(arguments: Sequence[str], timeout: float) -> commands.Completed:
+    """kubeadm, after which the API server ends as soon as it starts."""
     done = await commands.run(arguments, timeout)
     if "renew" in arguments:
-        _sign_by_another("apiserver")
+        (PKI / "sa.pub").write_text("no key\n")
     return done
 
 
@@ -99,7 +75,7 @@ async def half(arguments: Sequence[str], timeout: float) -> commands.Completed:
 
 SABOTAGES: Mapping[str, commands.Run] = {
     "": commands.run,
-    "apiserver": foreign_apiserver,
+    "apiserver": unusable_apiserver,
     "scheduler": unusable_scheduler,
     "half": half,
 }
