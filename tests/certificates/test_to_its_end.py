@@ -216,3 +216,29 @@ async def test_c43_a_lease_is_given_back_without_a_journal(make_pki: MakePki) ->
             await fix.apply(NODE, await fix.check(NODE), steps(FullLog(1)))
         assert api.lease is not None
         assert api.holder == ""
+
+
+async def test_c43_a_restore_gives_back_a_lease_whose_answer_was_lost(make_pki: MakePki) -> None:
+    pki = make_pki(timedelta(days=3))
+    async with fake_api(pki) as api:
+        fix = rotate(pki, restart="none")
+        await fix.apply(NODE, await fix.check(NODE), steps(StepLog()))
+        (backup,) = (pki.rootfs / BACKUPS.lstrip("/")).iterdir()
+        restore = fix.restoring(backup.name, forced=True)
+        condition = await restore.check(NODE)
+        assert condition.broken, condition.message
+        renewed = serials(pki)
+
+        lost: list[str] = []
+
+        async def lose(method: str, path: str) -> int:
+            if method != "PUT" or len(lost) == 2:  # the client asks once more by itself
+                return 0
+            lost.append(path)
+            return -1
+
+        api.meddle = lose
+        with pytest.raises(FixError, match="nothing was changed"):
+            await restore.apply(NODE, condition, steps(StepLog()))
+        assert api.holder == ""
+        assert serials(pki) == renewed

@@ -15,6 +15,7 @@ from exporter.kubernetes.access import AccessError
 from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.plan import RefusedError
+from remediator.model import Steps
 
 NAME = "upkeep-rotate-certificates"
 FAILED = "upkeep.dev/failed"
@@ -75,6 +76,15 @@ class RotationLease:
                 await asyncio.sleep(_POLL)
             else:
                 return True
+
+    async def give_back(self, steps: Steps, *, failed: str) -> None:
+        """As `release`; where it can't be written, a step says what a person has to do."""
+        if not await self.release(failed=failed):
+            async with steps.step("unlock", "give the Lease back") as step:
+                step.result = (
+                    "the API server did not take it: no other node rotates before "
+                    f"kubectl -n kube-system delete lease {NAME}"
+                )
 
     async def _refuse(self, held: Mapping[str, Any] | None) -> None:
         if held is None:

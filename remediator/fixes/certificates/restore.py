@@ -38,6 +38,7 @@ from remediator.fixes.certificates.renewal import expired_in, roll_back
 from remediator.fixes.certificates.restorable import foreign, is_there, usable
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import Uptake
+from remediator.fixes.certificates.way_back import to_its_end
 from remediator.model import (
     CheckError,
     Condition,
@@ -192,28 +193,34 @@ class Restore:
 
     async def run(self, plan: RestorePlan, steps: Steps) -> Outcome:
         """Do it. FixError where it ended otherwise."""
+        return await self._giving_back(self._run(plan, steps), steps, locked=plan.locked)
+
+    async def _run(self, plan: RestorePlan, steps: Steps) -> Outcome:
         if plan.locked:
             async with steps.step("lock", "take the Lease that lets one node rotate at a time"):
-                try:
-                    await self._lease.acquire()
-                except RefusedError as refused:
-                    return Outcome(phase=Phase.SKIPPED, reason=refused.reason, message=str(refused))
-                except (ApiError, AccessError) as error:
-                    raise FixError("RestoreFailed", f"{error}; nothing was changed") from None
-        return await self._releasing(self._change(plan, steps), locked=plan.locked)
+                await self._lease.acquire()
+        return await self._change(plan, steps)
 
-    async def _releasing(self, work: Awaitable[Outcome], *, locked: bool) -> Outcome:
-        """Do the work, then give the Lease back, marked where it failed."""
+    async def _giving_back(
+        self, work: Awaitable[Outcome], steps: Steps, *, locked: bool
+    ) -> Outcome:
+        """Do the work, then give the Lease back, marked where it failed. FixError."""
         failed = "a restore was interrupted"
         try:
             outcome = await work
             failed = ""
+        except RefusedError as refused:  # the Lease is another node's
+            locked = False
+            return Outcome(phase=Phase.SKIPPED, reason=refused.reason, message=str(refused))
+        except (ApiError, AccessError) as error:  # the answer was lost: the Lease may be ours
+            failed = ""
+            raise FixError("RestoreFailed", f"{error}; nothing was changed") from None
         except FixError as error:
             failed = str(error)
             raise
         finally:
             if locked:
-                await asyncio.shield(self._lease.release(failed=failed))
+                await to_its_end(self._lease.give_back(steps.unfailing(), failed=failed))
         return outcome
 
     async def _change(self, plan: RestorePlan, steps: Steps) -> Outcome:
@@ -335,7 +342,8 @@ class Restore:
         except BackupError as error:
             raise FixError("RestoreFailed", f"{error}; it was interrupted half-way") from None
         plan = RestorePlan(backup=backup, path=path, expired=expired, locked=data["locked"])
-        return await self._releasing(self._use(plan, data["kept"], steps), locked=plan.locked)
+        work = self._use(plan, data["kept"], steps)
+        return await self._giving_back(work, steps, locked=plan.locked)
 
 
 async def _to_its_end(work: Coroutine[None, None, Layout]) -> Layout:

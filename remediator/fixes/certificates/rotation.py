@@ -31,7 +31,6 @@ from remediator.fixes.certificates.etcd import Etcd, EtcdError, find_access
 from remediator.fixes.certificates.kept import discard_begun, prune
 from remediator.fixes.certificates.kubeadm import Kubeadm
 from remediator.fixes.certificates.layout import Layout
-from remediator.fixes.certificates.lease import NAME as LEASE
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import (
     RefusedError,
@@ -125,12 +124,8 @@ class Rotation:
         except RestartError as error:
             raise FixError("RestartFailed", str(error)) from None
         finally:
-            if locked and not await self._lease.release(failed=failed):
-                async with steps.step("unlock", "give the Lease back") as step:
-                    step.result = (
-                        "the API server did not take it: no other node rotates before "
-                        f"kubectl -n kube-system delete lease {LEASE}"
-                    )
+            if locked:
+                await self._lease.give_back(steps, failed=failed)
 
     async def _take_lease(self, steps: Steps) -> None:
         async with steps.step("lock", "take the Lease that lets one node rotate at a time"):
