@@ -91,11 +91,7 @@ def _check_config(flags: Flags, fixes: Mapping[str, Entry]) -> int:
 
 
 async def _with_journal(given: argparse.Namespace, flags: Flags, fixes: Mapping[str, Entry]) -> int:
-    try:
-        there = flags.journal.exists()
-    except OSError as error:
-        raise CommandError(f"{flags.journal} can't be read: {error.strerror}") from None
-    if not there:
+    if not flags.journal.exists():
         raise CommandError(f"there is no journal at {flags.journal} yet; name it by --journal")
     reads = given.command in ("list", "show")
     journal = SqliteJournal(flags.journal, HostClock(), read_only=reads)

@@ -41,7 +41,7 @@ def test_a_journal_that_may_not_be_looked_at_is_said(tmp_path: Path) -> None:
     daemon.journal = tmp_path / ("x" * 300) / "remediator.db"
     listed = daemon.cli("list")
     assert listed.returncode == 1
-    assert "can't be read" in listed.stderr
+    assert "File name too long" in listed.stderr
     assert "Traceback" not in listed.stderr
 
 
