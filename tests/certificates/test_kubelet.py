@@ -65,6 +65,10 @@ async def test_c44_what_a_kubelet_says_of_itself(tmp_path: Path) -> None:
         assert "answers 500" in await kubelet_problem(Root(tmp_path))
     configure(tmp_path, 0)  # its port is closed, and tells nothing
     assert await kubelet_problem(Root(tmp_path)) == ""
+    configuration = tmp_path / "var/lib/kubelet/config.yaml"
+    (tmp_path / "etc/kubernetes").mkdir(parents=True)
+    configuration.rename(tmp_path / "etc/kubernetes/kubelet-config.yaml")  # as Kubespray has it
+    assert await kubelet_problem(Root(tmp_path)) == ""
 
 
 async def test_c44_one_that_was_just_restarted_is_waited_for(

@@ -9,7 +9,8 @@ import aiohttp
 from exporter.checks.certificates import Root
 from exporter.checks.certificates.parsing import MalformedError, load_yaml
 
-_CONFIGURATION = "/var/lib/kubelet/config.yaml"
+_CONFIGURATIONS = ("/var/lib/kubelet/config.yaml", "/etc/kubernetes/kubelet-config.yaml")
+"""kubeadm's, and Kubespray's."""
 _PORT, _HOST = 10248, "127.0.0.1"  # its own defaults
 _ANSWER = 10.0  # seconds
 _PATIENCE = 30.0  # seconds
@@ -50,8 +51,11 @@ async def _problem(url: str) -> str:
 
 
 def _settings(root: Root) -> dict[str, object]:
-    try:
-        found = load_yaml(Path(root.resolve(_CONFIGURATION)).read_bytes())
-    except (OSError, MalformedError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    for path in _CONFIGURATIONS:
+        try:
+            found = load_yaml(Path(root.resolve(path)).read_bytes())
+        except (OSError, MalformedError):
+            continue
+        if isinstance(found, dict):
+            return found
+    return {}
