@@ -33,6 +33,7 @@ from remediator.fixes.certificates.plan import RefusedError
 from remediator.fixes.certificates.restorable import foreign, usable
 from remediator.fixes.certificates.restore import Restore, RestorePlan
 from remediator.fixes.certificates.settings import Settings
+from remediator.shield import shielded
 
 pytestmark = [pytest.mark.root]
 
@@ -346,7 +347,7 @@ async def test_c59_an_interruption_waits_for_the_files_to_be_whole() -> None:
         whole.set()
         return Layout(pki="", pairs=(), etcd="")
 
-    task = asyncio.ensure_future(restore._to_its_end(files()))
+    task = asyncio.ensure_future(shielded(files()))
     await half.wait()
     task.cancel()
     await asyncio.sleep(0.05)

@@ -5,8 +5,7 @@ way back too. The step `put back` names the backup: whoever comes after a crash 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
@@ -38,7 +37,6 @@ from remediator.fixes.certificates.renewal import expired_in, roll_back
 from remediator.fixes.certificates.restorable import foreign, is_there, usable
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import Uptake
-from remediator.fixes.certificates.way_back import to_its_end
 from remediator.model import (
     CheckError,
     Condition,
@@ -49,6 +47,7 @@ from remediator.model import (
     Steps,
     Target,
 )
+from remediator.shield import shielded, to_its_end
 
 PUT_BACK = "put back"
 
@@ -259,7 +258,7 @@ class Restore:
         name = plan.backup.directory.name
         try:
             counted = await self._has_healthy_etcd(pki_directory(self._root.exists))
-            layout = await _to_its_end(self._put_back(plan, kept, steps))
+            layout = await shielded(self._put_back(plan, kept, steps))
             if plan.expired:
                 return Outcome(
                     phase=Phase.SUCCEEDED,
@@ -344,19 +343,6 @@ class Restore:
         plan = RestorePlan(backup=backup, path=path, expired=expired, locked=data["locked"])
         work = self._use(plan, data["kept"], steps)
         return await self._giving_back(work, steps, locked=plan.locked)
-
-
-async def _to_its_end(work: Coroutine[None, None, Layout]) -> Layout:
-    """Do it whole, whatever interrupts it: half of one set and half of another is no state to
-    leave. The interruption passes on after it."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        while not task.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([task])
-        raise
 
 
 class Restoring:

@@ -48,8 +48,9 @@ from remediator.fixes.certificates.renewal import (
 from remediator.fixes.certificates.restart import RestartError
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import Uptake
-from remediator.fixes.certificates.way_back import WayBack, to_its_end
+from remediator.fixes.certificates.way_back import WayBack
 from remediator.model import FixError, Outcome, Phase, Step, Steps
+from remediator.shield import to_its_end
 
 INTERRUPTED = "Interrupted"
 

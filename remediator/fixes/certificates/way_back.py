@@ -4,11 +4,6 @@ Half of it is worse than either of its ends. So it is gone to its end, whatever 
 meanwhile and whether it can be recorded or not.
 """
 
-import asyncio
-import contextlib
-from collections.abc import Coroutine
-from typing import Any, TypeVar
-
 from exporter.checks.certificates import Root
 from remediator.fixes.certificates.backup import Backup
 from remediator.fixes.certificates.plan import RotationPlan
@@ -16,17 +11,7 @@ from remediator.fixes.certificates.renewal import roll_back
 from remediator.fixes.certificates.settings import Settings
 from remediator.fixes.certificates.uptake import Uptake
 from remediator.model import FixError, Steps
-
-T = TypeVar("T")
-
-
-async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """What it comes to; a deadline, a signal or a second one meanwhile doesn't cut it short."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([task])
-    return task.result()
+from remediator.shield import to_its_end
 
 
 class WayBack:

@@ -1,8 +1,7 @@
 """A step's memory: what it is about to change, kept in the step log before it changes it."""
 
-import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -108,17 +107,3 @@ async def noted(steps: Steps, name: str, message: str, work: Callable[[], Awaita
     except Exception:
         log.exception("a step can't be recorded", step=name)
     return results[0] if results else await work()
-
-
-async def shielded(work: Coroutine[Any, Any, T]) -> T:
-    """Await to the end whatever happens to the waiter, then pass a cancellation on."""
-    task = asyncio.create_task(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled and not task.cancelled() and task.exception() is None:
-        raise asyncio.CancelledError
-    return task.result()

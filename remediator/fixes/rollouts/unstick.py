@@ -23,10 +23,19 @@ from remediator.fixes.rollouts.step import (
     left_open,
     newest_of,
     noted,
-    shielded,
 )
 from remediator.fixes.rollouts.undo import undo
-from remediator.model import CheckError, Condition, FixError, Outcome, Phase, Steps, Target
+from remediator.model import (
+    CheckError,
+    Condition,
+    FixError,
+    Outcome,
+    Phase,
+    Steps,
+    Target,
+    in_words,
+)
+from remediator.shield import shielded
 
 log = get_logger("remediator.rollouts")
 
@@ -182,7 +191,9 @@ class UnstickRollout:
             raise
         except Exception as error:  # a journal that is full, or a fault of ours
             log.exception("a fault in the middle")
-            outcome = await shielded(self._step_back(act, "Interrupted", f"it broke off: {error}"))
+            outcome = await shielded(
+                self._step_back(act, "Interrupted", f"it broke off: {in_words(error)}")
+            )
         failed = (
             outcome.message if outcome.phase is Phase.FAILED and outcome.reason in FINAL else ""
         )
@@ -340,7 +351,9 @@ class UnstickRollout:
             raise
         except Exception as error:
             log.exception("a fault in the middle")
-            outcome = await shielded(self._step_back(act, "Interrupted", f"it broke off: {error}"))
+            outcome = await shielded(
+                self._step_back(act, "Interrupted", f"it broke off: {in_words(error)}")
+            )
         failed = outcome.message if outcome.reason in FINAL else ""
         await shielded(self._let_go(act, begun.deployment, begun.newest, failed))
         return outcome
