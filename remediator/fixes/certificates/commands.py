@@ -34,7 +34,7 @@ Run = Callable[[Sequence[str], float], Awaitable[Completed]]
 
 
 async def run(arguments: Sequence[str], timeout: float) -> Completed:  # noqa: ASYNC109
-    """Run a program to its end; kill its process group when `timeout` seconds are over."""
+    """Run a program, and what it starts, to their end; kill them all after `timeout` seconds."""
     # Not a pipe: a kubeadm that outlives us would be ended by its next word into it, half-way.
     output = os.memfd_create("output")
     try:
@@ -47,6 +47,8 @@ async def run(arguments: Sequence[str], timeout: float) -> Completed:  # noqa: A
 
 
 async def _run(arguments: Sequence[str], timeout: float, output: int) -> int:  # noqa: ASYNC109
+    # Nobody writes into this pipe: it closes once the program and all that it started have ended.
+    alive, held = os.pipe()
     try:
         process = await asyncio.create_subprocess_exec(
             *arguments,
@@ -55,17 +57,26 @@ async def _run(arguments: Sequence[str], timeout: float, output: int) -> int:  #
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
             env=_ENVIRONMENT,
+            pass_fds=(held,),
         )
     except OSError as error:
+        os.close(alive)
         raise CommandError(f"{arguments[0]} can't be run: {error.strerror}") from None
+    finally:
+        os.close(held)
+    loop, closed = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(alive, closed.set)
     ended = False
     try:
         async with asyncio.timeout(timeout):
+            await closed.wait()
             status = await process.wait()
             ended = True
     except TimeoutError:
         raise CommandError(f"{arguments[0]} did not end within {timeout:g} s") from None
     finally:
+        loop.remove_reader(alive)
+        os.close(alive)
         if not ended:  # timed out or cancelled: nothing of it goes on, nor of what it started
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
