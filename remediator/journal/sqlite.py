@@ -100,16 +100,16 @@ class SqliteJournal:
     def _join(
         self, connection: sqlite3.Connection, messages: Sequence[Message]
     ) -> list[Accepted] | None:
-        rows = sum([len(message.rows) for message in messages])
-        if self._max_bytes is not None and rows:
+        more = sum([len(message.rows) for message in messages])
+        if self._max_bytes is not None and more:
             # Its size is measured once for so much as surely fits into the reserve.
-            self._unmeasured += rows
-            if rows > RESERVE // 8:
+            self._unmeasured += more
+            if more > RESERVE // 8:
                 return None
             if self._unmeasured > RESERVE // 8:
                 if self._filled(connection, 0):
                     return None
-                self._unmeasured = rows
+                self._unmeasured = more
         return accepting.join(connection, messages, self._known)
 
     def _accept(

@@ -112,14 +112,15 @@ async def there(*_: object) -> str:
 @pytest.fixture
 def control_plane(make_pki: MakePki) -> Pki:
     pki = make_pki({"scheduler.conf": timedelta(days=-1), "front-proxy-client": timedelta(days=-1)})
-    (pki.directory / MANIFESTS).mkdir()
-    (pki.directory / MANIFESTS / "kube-apiserver.yaml").touch()
-    say_no_kubelet_has_a_port(pki)
+    make_control_plane(pki)
     return pki
 
 
-def say_no_kubelet_has_a_port(pki: Pki) -> None:
-    """So that nobody asks one for its health."""
+def make_control_plane(pki: Pki) -> None:
+    """An API server's manifest, and a kubelet that has no port to be asked for its health."""
+    manifest = pki.directory / MANIFESTS / "kube-apiserver.yaml"
+    manifest.parent.mkdir()
+    manifest.touch()
     settings = pki.rootfs / "var/lib/kubelet/config.yaml"
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text("healthzPort: 0\n")
@@ -148,8 +149,7 @@ async def test_c58_an_api_that_answered_a_moment_before_is_not_gone(
     make_pki: MakePki, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     pki = make_pki(timedelta(days=-1))
-    (pki.directory / MANIFESTS).mkdir()
-    (pki.directory / MANIFESTS / "kube-apiserver.yaml").touch()
+    make_control_plane(pki)
     monkeypatch.setattr(RotationLease, "check", there)
     for name in ("refuse_unready_peers", "refuse_wrong_clock", "fetch_configuration"):
         answer = gone if name == asked else there
@@ -227,9 +227,7 @@ async def test_c9_a_recovery_makes_sure_of_room_for_etcds_data_before_it_stops_e
     make_pki: MakePki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pki = make_pki(timedelta(days=-1))
-    (pki.directory / MANIFESTS).mkdir()
-    (pki.directory / MANIFESTS / "kube-apiserver.yaml").touch()
-    say_no_kubelet_has_a_port(pki)
+    make_control_plane(pki)
     command = ["etcd", "--data-dir=/var/lib/data"]
     pod = {"spec": {"containers": [{"command": command}]}}
     (pki.directory / MANIFESTS / "etcd.yaml").write_text(yaml.safe_dump(pod))
