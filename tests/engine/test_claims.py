@@ -1,8 +1,6 @@
 """Whose a remediation is: who has no claim ends nothing, what kills its owners ends (E34, E35)."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -11,13 +9,6 @@ from remediator import worker
 from remediator.model import Condition, Outcome, Phase, Steps, Target
 from tests.engine.bench import OTHER, RULES, Bench, Gated, until
 from tests.engine.mend_file import MendFile
-
-
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    made = Bench(tmp_path)
-    yield made
-    await made.journal.aclose()
 
 
 async def test_e34_an_owner_that_lost_its_claim_ends_nothing_when_it_is_stopped(

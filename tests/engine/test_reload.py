@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,13 +17,6 @@ from remediator.model import Phase, Remediation
 from remediator.scheduler import Scheduler
 from tests.engine.bench import RULES, Bench, Gated, until
 from tests.engine.mend_file import FIXES
-
-
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    made = Bench(tmp_path)
-    yield made
-    await made.journal.aclose()
 
 
 def configure(path: Path, max_acts: int) -> None:

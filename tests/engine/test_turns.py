@@ -1,7 +1,7 @@
 """What waited for its turn: what is asked once more, and with what it acts (E25, E37, E40)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -12,13 +12,6 @@ from remediator.config import FixPolicy, Mode, Seconds
 from remediator.model import Condition, Phase, Target
 from tests.engine.bench import Bench, Gated, listed, mode, until, window
 from tests.engine.mend_file import MendFile, Settings
-
-
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    made = Bench(tmp_path)
-    yield made
-    await made.journal.aclose()
 
 
 @pytest.mark.parametrize(

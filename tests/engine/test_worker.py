@@ -1,7 +1,7 @@
 """The worker where its journal, its lock, its process or its turn fails it (E4, E15, E21-E27)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -34,13 +34,6 @@ from tests.engine.bench import (
 )
 from tests.engine.mend_file import MendFile, Settings
 from tests.engine.support import NODE, request
-
-
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    made = Bench(tmp_path)
-    yield made
-    await made.journal.aclose()
 
 
 async def test_e4_resolved_while_it_waits_cancels_it_and_while_it_runs_does_not(
