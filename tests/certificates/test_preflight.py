@@ -17,6 +17,7 @@ from exporter.kubernetes.client import ApiError
 from remediator.fixes.certificates.apiserver import ApiServer
 from remediator.fixes.certificates.cluster import opted_out, refuse_wrong_clock
 from remediator.fixes.certificates.kubeadm import cluster_version
+from remediator.fixes.certificates.layout import ETCD_STASH
 from remediator.fixes.certificates.lease import RotationLease
 from remediator.fixes.certificates.plan import RefusedError
 from remediator.fixes.certificates.preflight import Preflight
@@ -237,6 +238,11 @@ async def test_c9_a_recovery_makes_sure_of_room_for_etcds_data_before_it_stops_e
         file.truncate(1 << 43)  # of holes, on a disk that has less
 
     monkeypatch.setattr(RotationLease, "check", gone)
+    condition = await rotate(pki).force(NODE)
+    assert (condition.broken, condition.reason) == (False, "BackupImpossible")
+    stash = pki.rootfs / ETCD_STASH.lstrip("/")
+    stash.parent.mkdir(parents=True, exist_ok=True)
+    (pki.directory / MANIFESTS / "etcd.yaml").rename(stash)  # as a recovery that died leaves it
     condition = await rotate(pki).force(NODE)
     assert (condition.broken, condition.reason) == (False, "BackupImpossible")
     data.unlink()

@@ -56,6 +56,11 @@ def stacked_flags(root: Root) -> dict[str, str]:
     return manifest_flags(root, here)
 
 
+def stacked_data(root: Root) -> str:
+    """Where a stacked etcd keeps its data."""
+    return stacked_flags(root).get("data-dir", "/var/lib/etcd")
+
+
 def stored_members(root: Root) -> list[StoredMember]:
     """What the etcd of this node knows, whether it runs or not. MembersError.
 

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.utils import CryptographyDeprecationWarning
 
 from exporter.checks.certificates import DAY, Certificate, Root, is_due
-from exporter.checks.certificates.components import manifest_flags
 from exporter.checks.certificates.layouts import PKI_DIRECTORIES
 from exporter.kubernetes.access import AccessError
 from exporter.kubernetes.client import ApiError
@@ -51,7 +50,7 @@ from remediator.fixes.certificates.layout import (
     check_pair,
 )
 from remediator.fixes.certificates.lease import RotationLease
-from remediator.fixes.certificates.members import MembersError, stored_members
+from remediator.fixes.certificates.members import MembersError, stacked_data, stored_members
 from remediator.fixes.certificates.plan import (
     RefusedError,
     RotationPlan,
@@ -139,7 +138,7 @@ class Preflight:
                 fetched = await self._check_cluster(etcd)
         config = self._configuration(layout, fetched=bool(fetched))
         if recovery and "etcd" in components:
-            data = manifest_flags(self._root, "etcd").get("data-dir", "/var/lib/etcd")
+            data = stacked_data(self._root)
             self._check_space(await asyncio.to_thread(size_of, self._root, data))
         if recovery and not config:
             fetched = default_configuration(version, self._root, self._node)

@@ -22,7 +22,7 @@ from remediator.fixes.certificates.layout import ETCD_MANIFEST, ETCD_STASH, Layo
 from remediator.fixes.certificates.members import (
     MembersError,
     StoredMember,
-    stacked_flags,
+    stacked_data,
     stored_members,
 )
 from remediator.fixes.certificates.restart import RestartError
@@ -36,7 +36,7 @@ _GONE_FOR = 5.0  # seconds for which no etcd must have been seen
 
 async def copy_data(root: Root, uptake: Uptake, target: Path, steps: Steps) -> None:
     """Stop etcd and copy its data; it stays stopped. OSError, RestartError."""
-    data = stacked_flags(root).get("data-dir", "/var/lib/etcd")
+    data = stacked_data(root)
     async with steps.step("stop etcd", f"move {ETCD_MANIFEST} to {ETCD_STASH}") as step:
         if not is_stopped(root):
             _move(root, ETCD_MANIFEST, ETCD_STASH)
